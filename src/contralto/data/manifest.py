@@ -1,0 +1,190 @@
+"""The manifest: one table that says what the data are, read by everything that comes after.
+
+Ingest turns whatever people have into a manifest once; from then on nothing looks at folders, tars or column names again.
+A row is one picture. The bytes stay where they are: a row says where to find them (`source`, `container`, `offset`,
+`length`), how to recognise them (`sha256`, `phash`) and what came along (`label`, `text`).
+
+======================  =========  ==============================================================================
+column                  type       meaning
+======================  =========  ==============================================================================
+`index`                 int64      0 .. N-1, the row; every dataset yields it; per-sample state is kept under it
+`id`                    string     stable name, unique, never a path that may be opened
+`source`                string     file or address that holds the bytes, relative to `root` where it can be
+`container`             string     "file" (whole file), "tar" (a member), "parquet" (a cell)
+`member`                string     name inside a tar, or column of a Parquet file; "" otherwise
+`offset`                int64      first byte in a tar; row in a Parquet file; 0 for a file
+`length`                int64      number of bytes
+`width`, `height`       int32      pixels, after EXIF rotation
+`format`                string     "JPEG", "PNG", ... as found in the bytes, whatever the name says
+`sha256`                string     of the bytes, hexadecimal
+`phash`                 uint64     perceptual hash; near-identical pictures differ in few bits
+`duplicate_group`       int64      `index` of the first row of the group of near-identical pictures; own index if alone
+`label`                 int32      the class given by the web (index into `classes`); -1 = none
+`text`                  string     what came along, as found, bounded in length; "" = none
+`split`                 string     "train", "test", or whatever the data call their parts
+`clean_label`           int32      for evaluation only: the right class; -1 = out of set, -2 = not known
+`group`                 string     samples of one group depend on each other (same object, product, author); "" = alone
+======================  =========  ==============================================================================
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from contralto.errors import DataError
+
+__all__ = ["MANIFEST_SCHEMA", "SKIPPED_SCHEMA", "ClassInfo", "Manifest"]
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("container", pa.string()),
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("sha256", pa.string()),
+        ("phash", pa.uint64()),
+        ("duplicate_group", pa.int64()),
+        ("label", pa.int32()),
+        ("text", pa.string()),
+        ("split", pa.string()),
+        ("clean_label", pa.int32()),
+        ("group", pa.string()),
+    ]
+)
+
+SKIPPED_SCHEMA = pa.schema(
+    [("id", pa.string()), ("source", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """What is known about a class before training.
+
+    Parameters
+    ----------
+    name : str
+        How the class is called in the given labels.
+    queries : tuple of str
+        The words that were searched for.
+    definition : str
+        One or two sentences that say what is meant; "" = none.
+    """
+
+    name: str
+    queries: tuple[str, ...] = ()
+    definition: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The data of a run: a table of pictures, their classes, and what was left out.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        One row per picture, in the columns of `MANIFEST_SCHEMA`.
+    classes : tuple of ClassInfo
+        The classes in the order of their numbers.
+    root : str
+        Folder or address to which `source` is relative.
+    skipped : pyarrow.Table
+        What was found but left out, in the columns of `SKIPPED_SCHEMA`.
+    """
+
+    table: pa.Table
+    classes: tuple[ClassInfo, ...]
+    root: str
+    skipped: pa.Table = field(default_factory=SKIPPED_SCHEMA.empty_table)
+
+    def __post_init__(self) -> None:
+        if self.table.schema.names != MANIFEST_SCHEMA.names:
+            raise DataError(
+                f"a manifest has the columns {MANIFEST_SCHEMA.names}, this table has {self.table.schema.names}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in the order of their numbers."""
+        return [c.name for c in self.classes]
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Given labels (N,), -1 = none."""
+        return self.column("label").astype(np.int64)
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts as found, one per row."""
+        return [str(t) for t in self.table.column("text").to_pylist()]
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One column as a NumPy array (N,)."""
+        return np.asarray(self.table.column(name).to_numpy(zero_copy_only=False))
+
+    def select(self, mask: npt.NDArray[np.bool_]) -> "Manifest":
+        """The rows where `mask` (N,) is true; `index` is counted anew from 0, the duplicate groups with it."""
+        kept = np.flatnonzero(mask)
+        groups = self.column("duplicate_group")[kept]
+        _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+        table = self.table.take(pa.array(kept))
+        for name, values in (("index", np.arange(len(kept))), ("duplicate_group", first[inverse])):
+            column = pa.array(values.astype(np.int64))
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        return replace(self, table=table)
+
+    def split(self, name: str) -> "Manifest":
+        """The rows of one split."""
+        return self.select(np.asarray(pc.equal(self.table.column("split"), name)))
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when pictures, texts, given labels or classes change.
+
+        The clean labels are not part of it: they serve evaluation only and change nothing that is learnt.
+        """
+        digest = hashlib.sha256(json.dumps([[c.name, c.queries, c.definition] for c in self.classes]).encode())
+        for name in ("id", "sha256", "label", "text", "split"):
+            digest.update(json.dumps(self.table.column(name).to_pylist()).encode())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `manifest.parquet`, `skipped.parquet` and `classes.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pq.write_table(self.table.replace_schema_metadata({"root": self.root}), folder / "manifest.parquet")
+        pq.write_table(self.skipped, folder / "skipped.parquet")
+        classes = [{"name": c.name, "queries": list(c.queries), "definition": c.definition} for c in self.classes]
+        (folder / "classes.json").write_text(json.dumps(classes, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest":
+        """Read what `save` wrote."""
+        folder = Path(folder)
+        if not (folder / "manifest.parquet").is_file():
+            raise DataError("there is no manifest.parquet in this folder", file=str(folder))
+        table = pq.read_table(folder / "manifest.parquet")
+        root = (table.schema.metadata or {}).get(b"root", b"").decode()
+        classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+        return cls(
+            table=table.replace_schema_metadata(None),
+            classes=tuple(ClassInfo(c["name"], tuple(c["queries"]), c["definition"]) for c in classes),
+            root=root,
+            skipped=pq.read_table(folder / "skipped.parquet"),
+        )

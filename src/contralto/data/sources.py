@@ -1,0 +1,477 @@
+"""Readers for the forms in which people have images with texts, and random access to the bytes later.
+
+=================  ====================================================================================================
+form               what it looks like
+=================  ====================================================================================================
+`folder`           one folder per class; texts in side files (.txt, .json) or one `metadata.csv`/`.jsonl` with `file_name`
+`shards`           img2dataset's numbered folders (`00000/000000012.jpg`, `.txt`, `.json`)
+`tar`              WebDataset or img2dataset tars (`key.jpg`, `key.txt`, `key.json`, `key.cls`), through an index of their headers
+`parquet`          columns with image bytes (or `{bytes, path}`), or with paths
+`table`            CSV or JSON lines (`.jsonl`, `.jsonl.gz`) with paths
+=================  ====================================================================================================
+
+Any fsspec address works in place of a local path. Nothing is extracted, nothing is unpickled, no member or path may leave
+the root; what is refused comes out as a `Record` with a `problem`, so that it is counted and listed.
+"""
+
+import csv
+import gzip
+import io
+import json
+import posixpath
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from contralto.errors import DataError
+
+__all__ = ["ByteReader", "Record", "detect_form", "read_records"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+MAX_SIDE_FILE = 2**20
+MAX_TABLE = 4 * 2**30
+MAX_FILE = 64 * 2**20
+_PATH_COLUMNS = ("image_path", "path", "file_name", "filename", "filepath", "file", "image", "img", "key")
+_BYTE_COLUMNS = ("image", "jpg", "png", "bytes", "image_bytes", "img", "webp")
+
+
+@dataclass
+class Record:
+    """One picture as found: where its bytes are, the bytes, and what came along."""
+
+    id: str
+    source: str
+    container: str = "file"
+    member: str = ""
+    offset: int = 0
+    data: bytes = b""
+    fields: dict[str, Any] = field(default_factory=dict)
+    row: int = 0
+    problem: str = ""
+
+
+def detect_form(address: str) -> str:
+    """Which of the forms an address holds.
+
+    Raises
+    ------
+    DataError
+        If nothing is there, or nothing that can be read.
+    """
+    fs, root = _filesystem(address)
+    if not fs.exists(root):
+        raise DataError("there is no such file or folder", file=address)
+    if fs.isfile(root):
+        name = root.lower()
+        for form, suffixes in (("tar", (".tar",)), ("parquet", (".parquet",)), ("table", (".csv", ".jsonl", ".jsonl.gz"))):
+            if name.endswith(suffixes):
+                return form
+        if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+            raise DataError("a compressed tar has no random access: unpack it to a plain .tar first", file=address)
+        raise DataError("this kind of file is not known: expected .tar, .parquet, .csv, .jsonl, .jsonl.gz or a folder", file=address)
+    entries = fs.ls(root, detail=True)
+    files = [e["name"].lower() for e in entries if e["type"] == "file"]
+    folders = [posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
+    if any(f.endswith(".tar") for f in files):
+        return "tar"
+    if folders and all(re.fullmatch(r"\d{4,}", f) for f in folders):
+        return "shards"
+    if any(f.endswith(".parquet") for f in files):
+        return "parquet"
+    if folders or any(f.endswith(IMAGE_SUFFIXES) for f in files):
+        return "folder"
+    tables = [f for f in files if f.endswith((".csv", ".jsonl", ".jsonl.gz"))]
+    if len(tables) == 1:
+        return "table"
+    raise DataError(
+        "nothing here is known: expected a folder per class, .tar or .parquet files, numbered shards, or one .csv/.jsonl",
+        file=address,
+    )
+
+
+def read_records(address: str, *, image_column: str | None = None, allow_outside: bool = False) -> Iterator[Record]:
+    """All pictures at an address, one after the other, with their bytes.
+
+    Parameters
+    ----------
+    address : str
+        Path or fsspec address.
+    image_column : str, optional
+        Column with bytes or paths, for tables.
+    allow_outside : bool
+        Let a table name files outside its own folder.
+
+    Yields
+    ------
+    Record
+        With `problem` set where something is refused.
+    """
+    form = detect_form(address)
+    fs, root = _filesystem(address)
+    if form == "folder":
+        yield from _folder(fs, root)
+    elif form == "shards":
+        for folder in sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory"):
+            yield from _flat_folder(fs, root, folder)
+    elif form == "tar":
+        for path in _files(fs, root, (".tar",)):
+            yield from _tar(fs, root, path)
+    elif form == "parquet":
+        for path in _files(fs, root, (".parquet",)):
+            yield from _parquet(fs, root, path, image_column, allow_outside)
+    else:
+        for path in _files(fs, root, (".csv", ".jsonl", ".jsonl.gz")):
+            yield from _table(fs, root, path, image_column, allow_outside)
+
+
+def root_of(address: str) -> str:
+    """The folder to which the `source` of a record is relative, as an address."""
+    fs, root = _filesystem(address)
+    folder = posixpath.dirname(root) if fs.isfile(root) else root
+    return str(fs.unstrip_protocol(folder)) if not _is_local(fs) else folder
+
+
+class ByteReader:
+    """Random access to the bytes that a manifest points at.
+
+    Parameters
+    ----------
+    root : str
+        `Manifest.root`.
+
+    Notes
+    -----
+    Keeps no open file, so it may be copied to worker processes. The last few row groups of Parquet files are kept in memory.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
+        self._starts: dict[str, list[int]] = {}
+
+    def read(self, source: str, container: str, member: str, offset: int, length: int) -> bytes:
+        """The bytes of one picture.
+
+        Raises
+        ------
+        DataError
+            If the file is gone or shorter than it was.
+        """
+        fs, root = _filesystem(self.root)
+        path = source if _is_absolute(source) else posixpath.join(root, source)
+        try:
+            if container == "parquet":
+                return self._cell(fs, path, member, offset)
+            with fs.open(path, "rb") as file:
+                file.seek(offset)
+                data = bytes(file.read(length))
+        except OSError as error:
+            raise DataError(f"cannot be read any more: {error}", file=source) from error
+        if len(data) != length:
+            raise DataError(f"has changed: expected {length} bytes at {offset}, found {len(data)}", file=source)
+        return data
+
+    def _cell(self, fs: Any, path: str, column: str, row: int) -> bytes:
+        if path not in self._starts:
+            with fs.open(path, "rb") as file:
+                meta = pq.ParquetFile(file).metadata
+                self._starts[path] = [0]
+                for i in range(meta.num_row_groups):
+                    self._starts[path].append(self._starts[path][-1] + meta.row_group(i).num_rows)
+        starts = self._starts[path]
+        group = next(i for i in range(len(starts) - 1) if starts[i] <= row < starts[i + 1])
+        key = (path, column, group)
+        if key not in self._groups:
+            with fs.open(path, "rb") as file:
+                self._groups[key] = pq.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+            while len(self._groups) > 4:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        value = self._groups[key][row - starts[group]].as_py()
+        return bytes(value["bytes"] if isinstance(value, dict) else value)
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    fs, root = fsspec.core.url_to_fs(str(address))
+    return fs, str(root).rstrip("/") or "/"
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or "://" in path or bool(re.match(r"[A-Za-z]:[\\/]", path))
+
+
+def _files(fs: Any, root: str, suffixes: tuple[str, ...]) -> list[str]:
+    if fs.isfile(root):
+        return [root]
+    return sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "file" and e["name"].lower().endswith(suffixes))
+
+
+def _relative(path: str, root: str) -> str:
+    return posixpath.relpath(path, root)
+
+
+def _escapes(fs: Any, root: str, path: str) -> bool:
+    """Whether a path leaves the root, by its name or by a link on the way."""
+    if _is_local(fs):
+        return not Path(path).resolve().is_relative_to(Path(root).resolve())
+    return not (posixpath.normpath(path) + "/").startswith(root.rstrip("/") + "/")
+
+
+def _read_file(fs: Any, path: str, limit: int) -> bytes:
+    with fs.open(path, "rb") as file:
+        data = bytes(file.read(limit + 1))
+    if len(data) > limit:
+        raise DataError(f"is larger than {limit} bytes", file=path)
+    return data
+
+
+def _picture(fs: Any, root: str, path: str, identity: str, fields: dict[str, Any], row: int = 0) -> Record:
+    record = Record(identity, _relative(path, root), fields=fields, row=row)
+    if _escapes(fs, root, path):
+        record.problem = "leads outside the data folder"
+        return record
+    try:
+        record.data = _read_file(fs, path, MAX_FILE)
+    except FileNotFoundError:
+        record.problem = "file is missing"
+    except (OSError, DataError) as error:
+        record.problem = f"cannot be read: {error}"[:200]
+    return record
+
+
+def _side_fields(texts: dict[str, bytes], name: str) -> dict[str, Any]:
+    """Fields from what lies beside a picture: .txt is its text, .json its other columns, .cls its class."""
+    fields: dict[str, Any] = {}
+    if ".json" in texts:
+        try:
+            loaded = json.loads(texts[".json"])
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"is not valid JSON ({type(error).__name__})", file=f"{name}.json") from error
+        if isinstance(loaded, dict):
+            fields |= loaded
+    if ".txt" in texts:
+        fields["text"] = texts[".txt"].decode("utf-8", errors="replace")
+    if ".cls" in texts:
+        fields["class"] = texts[".cls"].decode("utf-8", errors="replace").strip()
+    return fields
+
+
+def _folder(fs: Any, root: str) -> Iterator[Record]:
+    metadata = _folder_metadata(fs, root)
+    subfolders = sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory")
+    for folder in [root, *subfolders]:
+        name = posixpath.basename(folder.rstrip("/"))
+        extra = {} if folder == root else {"class": name}
+        for record in _flat_folder(fs, root, folder, deep=folder != root):
+            record.fields = extra | record.fields | metadata.get(record.source, {})
+            yield record
+
+
+def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("metadata.csv", "captions.csv", "metadata.jsonl", "captions.jsonl"):
+        path = posixpath.join(root, name)
+        if fs.exists(path):
+            for row, fields in _rows(fs, path):
+                if "file_name" not in fields:
+                    raise DataError("has no column file_name", file=path, row=row)
+                found[posixpath.normpath(str(fields.pop("file_name")))] = fields
+    return found
+
+
+def _flat_folder(fs: Any, root: str, folder: str, deep: bool = False) -> Iterator[Record]:
+    """The pictures of a folder (`deep`: and below), with .txt/.json/.cls files of the same stem."""
+    paths = sorted(fs.find(folder) if deep else [e["name"] for e in fs.ls(folder, detail=True) if e["type"] == "file"])
+    beside = {p for p in paths if p.lower().endswith((".txt", ".json", ".cls"))}
+    for row, path in enumerate(p for p in paths if p.lower().endswith(IMAGE_SUFFIXES)):
+        stem = posixpath.splitext(path)[0]
+        problem, fields = "", {}
+        try:
+            texts = {s: _read_file(fs, stem + s, MAX_SIDE_FILE) for s in (".txt", ".json", ".cls") if stem + s in beside}
+            fields = _side_fields(texts, stem)
+        except DataError as error:
+            problem = str(error)
+        record = _picture(fs, root, path, _relative(stem, root), fields, row)
+        record.problem = record.problem or problem
+        yield record
+
+
+def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
+    """Members of one tar, grouped by their key; only headers are parsed, and the bytes of what is needed are read."""
+    base = posixpath.dirname(path) if fs.isfile(root) else root
+    source = _relative(path, base)
+    with fs.open(path, "rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed with the file)
+        except tarfile.TarError as error:
+            raise DataError(f"is not a plain tar ({error})", file=path) from error
+        group: dict[str, tarfile.TarInfo] = {}
+        key = ""
+        row = 0
+        while True:
+            try:
+                member = archive.next()
+            except tarfile.TarError as error:
+                yield Record(f"{source}/{key}", source, "tar", row=row, problem=f"broken tar after this member ({error})")
+                break
+            archive.members = []  # type: ignore[attr-defined]  # the headers of a long tar need not stay in memory
+            if member is not None and not member.isdir():
+                unsafe = not member.isreg() or _is_absolute(member.name) or ".." in member.name.split("/")
+                if unsafe:
+                    problem = "unsafe member (link, device, or path that leaves the archive)"
+                    yield Record(f"{source}/{member.name}"[:500], source, "tar", member.name, row=row, problem=problem)
+                    row += 1
+                    continue
+            name = "" if member is None else member.name
+            folder, _, last = name.rpartition("/")
+            stem = f"{folder}/{last.partition('.')[0]}" if folder else last.partition(".")[0]
+            if member is None or stem != key:
+                record = _tar_record(file, source, key, group, row)
+                if record is not None:
+                    yield record
+                    row += 1
+                group, key = {}, stem
+            if member is None:
+                break
+            if member.isreg():
+                group["." + last.partition(".")[2].lower()] = member
+
+
+def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarInfo], row: int) -> Record | None:
+    suffix = next((s for s in IMAGE_SUFFIXES if s in group), None)
+    if suffix is None:
+        return None
+    picture = group[suffix]
+    record = Record(f"{source}/{key}", source, "tar", picture.name, picture.offset_data, row=row)
+    if picture.size > MAX_FILE:
+        record.problem = f"is larger than {MAX_FILE} bytes"
+        return record
+    position = file.tell()
+    texts = {}
+    for side in (".txt", ".json", ".cls"):
+        if side in group:
+            file.seek(group[side].offset_data)
+            texts[side] = bytes(file.read(min(group[side].size, MAX_SIDE_FILE)))
+    file.seek(picture.offset_data)
+    record.data = bytes(file.read(picture.size))
+    file.seek(position)
+    try:
+        record.fields = _side_fields(texts, key)
+    except DataError as error:
+        record.problem = str(error)
+    return record
+
+
+def _parquet(fs: Any, root: str, path: str, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
+    base = posixpath.dirname(path) if fs.isfile(root) else root
+    source = _relative(path, base)
+    with fs.open(path, "rb") as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"is not a Parquet file ({error})"[:200], file=path) from error
+        schema = parquet.schema_arrow
+        column = _image_column(schema, image_column, path)
+        row = 0
+        for batch in parquet.iter_batches(batch_size=256):
+            for cells in batch.to_pylist():
+                picture = cells.pop(column)
+                yield _cell_record(fs, base, source, column, picture, cells, row, allow_outside)
+                row += 1
+
+
+def _image_column(schema: pa.Schema, wanted: str | None, path: str) -> str:
+    if wanted is not None:
+        if wanted not in schema.names:
+            raise DataError(f"has no column {wanted!r}; its columns are {', '.join(schema.names)}", file=path)
+        return wanted
+    candidates = [c for c in (*_BYTE_COLUMNS, *_PATH_COLUMNS) if c in schema.names]
+    binary = [c for c in candidates if pa.types.is_binary(schema.field(c).type) or pa.types.is_large_binary(schema.field(c).type) or pa.types.is_struct(schema.field(c).type)]
+    if not candidates:
+        raise DataError(f"no column with images was found among {', '.join(schema.names)}; name it with --image_column", file=path)
+    return (binary or candidates)[0]
+
+
+def _cell_record(
+    fs: Any, base: str, source: str, column: str, picture: Any, fields: dict[str, Any], row: int, allow_outside: bool
+) -> Record:
+    if isinstance(picture, dict):
+        picture = picture.get("bytes") if picture.get("bytes") is not None else picture.get("path")
+    if isinstance(picture, str):
+        record = _named_picture(fs, base, picture, fields, row, allow_outside)
+        return record
+    record = Record(f"{source}#{row}", source, "parquet", column, row, fields=fields, row=row)
+    if picture is None:
+        record.problem = "no image in this row"
+    else:
+        record.data = bytes(picture)
+    return record
+
+
+def _named_picture(fs: Any, base: str, name: str, fields: dict[str, Any], row: int, allow_outside: bool) -> Record:
+    path = name if _is_absolute(name) else posixpath.normpath(posixpath.join(base, name))
+    if "\x00" in name or (not allow_outside and ("://" in name or _escapes(fs, base, path))):
+        return Record(name[:500], name[:500], fields=fields, row=row, problem="leads outside the data folder")
+    record = Record(name[:500], path if _is_absolute(name) else _relative(path, base), fields=fields, row=row)
+    try:
+        record.data = _read_file(fs, path, MAX_FILE)
+    except FileNotFoundError:
+        record.problem = "file is missing"
+    except (OSError, DataError) as error:
+        record.problem = f"cannot be read: {error}"[:200]
+    return record
+
+
+def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with fs.open(path, "rb") as raw:
+        stream: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        if path.lower().endswith(".csv"):
+            csv.field_size_limit(16 * 2**20)
+            reader = csv.DictReader(text)
+            try:
+                for row, fields in enumerate(reader):
+                    fields.pop(None, None)  # type: ignore[call-overload]
+                    yield row, dict(fields)
+            except csv.Error as error:
+                raise DataError(f"cannot be read as CSV ({error})", file=path, row=reader.line_num) from error
+            return
+        read = 0
+        for row, line in enumerate(text):
+            read += len(line)
+            if read > MAX_TABLE:
+                raise DataError(f"holds more than {MAX_TABLE} characters", file=path, row=row)
+            if line.strip():
+                try:
+                    fields = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError("is not valid JSON", file=path, row=row) from error
+                if not isinstance(fields, dict):
+                    raise DataError("is not a JSON object", file=path, row=row)
+                yield row, fields
+
+
+def _table(fs: Any, root: str, path: str, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
+    base = posixpath.dirname(path)
+    for row, fields in _rows(fs, path):
+        column = image_column or next((c for c in _PATH_COLUMNS if c in fields), None)
+        if column is None or column not in fields:
+            wanted = f"no column {image_column!r}" if image_column else "no column with paths was found"
+            raise DataError(f"{wanted}; its columns are {', '.join(map(str, fields))}", file=path, row=row)
+        name = fields.pop(column)
+        if not name:
+            yield Record(f"#{row}", _relative(path, base), fields=fields, row=row, problem="no image in this row")
+        else:
+            yield _named_picture(fs, base, str(name), fields, row, allow_outside)

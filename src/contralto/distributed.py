@@ -1,0 +1,57 @@
+"""What several processes share: rank, gathering, broadcasting. With one process, every function is the identity."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["gather_rows", "is_main", "rank", "world_size"]
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process, 0 when there is only one."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files."""
+    return rank() == 0
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """The rows of all processes in rank order, without gradient.
+
+    Parameters
+    ----------
+    x : Tensor (N, ...)
+        Rows of this process; the number of rows may differ between processes.
+
+    Returns
+    -------
+    Tensor (sum of N, ...)
+
+    Examples
+    --------
+    >>> gather_rows(torch.arange(3.0))
+    tensor([0., 1., 2.])
+    """
+    x = x.detach().contiguous()
+    if not is_distributed() or world_size() == 1:
+        return x
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
+    sizes = [int(c) for c in counts]
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)])

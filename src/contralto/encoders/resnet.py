@@ -1,0 +1,61 @@
+"""Small residual networks for small pictures, trained from scratch (He et al. 2016, the CIFAR form: a 3x3 stem, no pooling)."""
+
+from torch import Tensor, nn
+
+__all__ = ["SmallResNet"]
+
+
+class SmallResNet(nn.Module):
+    """Stages of basic blocks; every stage after the first halves the side and doubles the width.
+
+    Parameters
+    ----------
+    blocks : tuple of int
+        Blocks per stage: (1, 1, 1) is ResNet-8, (2, 2, 2) is ResNet-14, (2, 2, 2, 2) is ResNet-18.
+    width : int
+        Channels of the first stage.
+
+    Examples
+    --------
+    >>> import torch
+    >>> SmallResNet((1, 1, 1), 32)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 128])
+    """
+
+    def __init__(self, blocks: tuple[int, ...], width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                out = width * 2**stage
+                layers.append(_Block(channels, out, stride=2 if stage > 0 and block == 0 else 1))
+                channels = out
+        self.layers = nn.Sequential(*layers)
+        self.num_features = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) to features (N, num_features)."""
+        features: Tensor = self.layers(x).mean((2, 3))
+        return features
+
+
+class _Block(nn.Module):
+    def __init__(self, width_in: int, width_out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width_out),
+            nn.ReLU(),
+            nn.Conv2d(width_out, width_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width_out),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or width_in != width_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width_in, width_out, 1, stride, bias=False), nn.BatchNorm2d(width_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (self.body(x) + self.shortcut(x)).relu()
+        return out

@@ -1,0 +1,164 @@
+"""The contrast engine: one expression of which most objectives of the library are cases.
+
+For anchor i, with similarities s (N, M), positive weights P, denominator weights W and temperatures t::
+
+    l_i = sum_p P_ip * [ log( sum_j W_ij exp(s_ij / t_ij)  (+ exp(s_ip / t_ip) if coupled) ) - s_ip / t_ip ]
+
+Whether the denominator holds the positives and the anchor itself is the caller's choice, by W. This file is the dense
+form: short and obvious, it holds the whole N x M matrix.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contralto.errors import UsageError
+
+__all__ = ["Reduction", "contrast", "soft_cross_entropy"]
+
+Reduction = Literal["mean", "mean_all", "sum", "none"]
+TileFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def contrast(
+    query: Tensor,
+    key: Tensor,
+    *,
+    positives: Tensor | TileFunction,
+    weights: Tensor | TileFunction | None = None,
+    temperature: float | Tensor = 0.1,
+    coupled: bool = False,
+    log_outside: bool = False,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Contrast every query with all keys.
+
+    Parameters
+    ----------
+    query : Tensor (..., N, D)
+        Anchors, raw or unit rows.
+    key : Tensor (..., M, D)
+        What they are compared with: another view, a queue, prototypes, class texts, or several of them concatenated.
+    positives : Tensor or function
+        P. Integers (..., N): the column of the one positive, -1 = none. Otherwise booleans or weights >= 0 that broadcast
+        to (..., N, M). Never carries gradient. A function is called with row numbers (n, 1) and column numbers (1, m)
+        and returns that tile of P.
+    weights : Tensor or function, optional
+        W, booleans or weights >= 0 that broadcast to (..., N, M), so (M,) weighs columns; default: all columns, once.
+        A function works as for `positives`.
+    temperature : float or Tensor
+        t > 0, broadcast to (..., N, M): a number, (N, 1) per anchor, (M,) per key; may carry gradient.
+    coupled : bool
+        Add the positive's own term to the denominator of its logarithm.
+    log_outside : bool
+        Take the logarithm of the weighted sum over positives instead of the sum of logarithms. Not with `coupled`.
+    normalize : bool
+        Scale rows to length one first. `False` takes them as they are.
+    reduction : {"mean", "mean_all", "sum", "none"}
+        "mean" is over the anchors that have positives, "mean_all" over all anchors; anchors without positives, or without
+        anything to be compared with, count as 0.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or (..., N) for "none". 0 (with gradient) when no anchor has a positive.
+
+    Raises
+    ------
+    UsageError
+        If a shape or a value does not fit.
+
+    Notes
+    -----
+    Half precision is computed in float32. InfoNCE of paired views is ``positives=torch.arange(N)``; a queue of negatives
+    is ``key=cat(view, queue)`` with `weights` 0 on the view's columns and ``coupled=True``; prototype contrast is
+    ``key=prototypes, positives=labels``.
+
+    Examples
+    --------
+    >>> q, k = torch.eye(3), torch.eye(3)
+    >>> contrast(q, k, positives=torch.arange(3), temperature=1.0)
+    tensor(0.5514)
+    >>> F.cross_entropy(q @ k.T, torch.arange(3))
+    tensor(0.5514)
+    """
+    if query.shape[-1] != key.shape[-1]:
+        raise UsageError(f"query and key must have the same width, got {query.shape[-1]} and {key.shape[-1]}")
+    if reduction not in ("mean", "mean_all", "sum", "none"):
+        raise UsageError(f'reduction must be "mean", "mean_all", "sum" or "none", got {reduction!r}')
+    if coupled and log_outside:
+        raise UsageError("coupled=True is defined for the sum of logarithms only, not with log_outside=True")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise UsageError(f"temperature must be above 0, got {temperature}")
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+        query, key = query.to(dtype), key.to(dtype)
+        if normalize:
+            query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        logits = query @ key.transpose(-1, -2) / temperature  # (..., N, M)
+        P = _dense_positives(positives, logits).detach()
+        masked = logits
+        if weights is not None:
+            W = _tile(weights, logits) if callable(weights) else weights
+            masked = logits + W.to(dtype).log()
+        # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
+        floor = torch.finfo(dtype).min
+        log_denominator = masked.clamp_min(floor).logsumexp(-1, keepdim=True)  # (..., N, 1)
+        if coupled:
+            per_pair = torch.logaddexp(log_denominator.expand_as(logits), logits) - logits
+            loss = torch.where(P > 0, P * per_pair, 0.0).sum(-1)
+            valid = (P > 0).any(-1)
+        elif log_outside:
+            loss = log_denominator.squeeze(-1) - (logits + P.log()).clamp_min(floor).logsumexp(-1)
+            valid = (P > 0).any(-1) & (masked > floor).any(-1)
+        else:
+            loss = torch.where(P > 0, P * (log_denominator - logits), 0.0).sum(-1)
+            valid = (P > 0).any(-1) & (masked > floor).any(-1)
+        loss = torch.where(valid, loss, loss.new_zeros(()))
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else max(valid.numel(), 1))
+
+
+def _tile(function: TileFunction, logits: Tensor) -> Tensor:
+    rows = torch.arange(logits.shape[-2], device=logits.device).unsqueeze(1)
+    columns = torch.arange(logits.shape[-1], device=logits.device).unsqueeze(0)
+    return function(rows, columns).expand_as(logits)
+
+
+def _dense_positives(positives: Tensor | TileFunction, logits: Tensor) -> Tensor:
+    if not isinstance(positives, Tensor):
+        return _tile(positives, logits).to(logits.dtype)
+    if positives.dtype in (torch.int64, torch.int32):
+        if positives.shape != logits.shape[:-1]:
+            raise UsageError(f"positives by column must be of shape {tuple(logits.shape[:-1])}, got {tuple(positives.shape)}")
+        columns = torch.arange(logits.shape[-1], device=logits.device)
+        return (positives.unsqueeze(-1) == columns).to(logits.dtype)
+    return positives.to(logits.dtype).expand_as(logits)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy with soft targets, per sample.
+
+    Parameters
+    ----------
+    logits : Tensor (N, C)
+    target : Tensor (N, C)
+        Rows that sum to 1; carries no gradient.
+
+    Returns
+    -------
+    Tensor (N,)
+
+    Examples
+    --------
+    >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]))
+    tensor([0.6931])
+    """
+    return -(target.detach() * F.log_softmax(logits, dim=-1)).sum(-1)

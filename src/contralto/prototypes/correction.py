@@ -1,0 +1,83 @@
+"""Label correction: one rule engine. The order of the rules is part of the method; anchors override all."""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contralto.errors import UsageError
+
+__all__ = ["Correction", "Verdict", "correct_labels"]
+
+
+class Verdict(IntEnum):
+    """What is said about a given label."""
+
+    KEPT = 0
+    CORRECTED = 1
+    OFF_TOPIC = 2
+    ANCHOR = 3
+
+
+class Correction(NamedTuple):
+    """Result of `correct_labels`: `labels` (N,) and `verdict` (N,) in the numbers of `Verdict`."""
+
+    labels: Tensor
+    verdict: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """Samples that go on learning (N,), everything but off-topic."""
+        return self.verdict != Verdict.OFF_TOPIC
+
+
+def correct_labels(
+    scores: Tensor, labels: Tensor, anchors: Tensor, *, threshold: float, keep_threshold: float | None = None
+) -> Correction:
+    """Keep, correct or drop every label by a fused score (CAPro card 5.6, in its order).
+
+    1. An anchor keeps its label. 2. Else, if the best class scores at least `threshold`, the label becomes that class.
+    3. Else, if the given class scores at least `keep_threshold`, it is kept. 4. Else the sample is off-topic.
+
+    Parameters
+    ----------
+    scores : Tensor (N, C)
+        r, in [0, 1].
+    labels : Tensor (N,)
+        Given labels in [0, C).
+    anchors : Tensor (N,) bool
+    threshold : float
+        gamma; above 1 switches correction off.
+    keep_threshold : float, optional
+        Default: 1/C, the paper's.
+
+    Returns
+    -------
+    Correction
+        Off-topic samples keep their given label in `labels`; `kept` leaves them out.
+
+    Examples
+    --------
+    >>> r = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.4, 0.4], [0.5, 0.0, 0.5], [1.0, 0.0, 0.0]])
+    >>> given = torch.tensor([1, 1, 1, 1])
+    >>> result = correct_labels(r, given, torch.tensor([False, False, False, True]), threshold=0.6)
+    >>> result.labels.tolist(), [Verdict(int(v)).name for v in result.verdict]
+    ([0, 1, 1, 1], ['CORRECTED', 'KEPT', 'OFF_TOPIC', 'ANCHOR'])
+    """
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or anchors.shape != labels.shape:
+        raise UsageError(
+            f"scores (N, C), labels (N,) and anchors (N,) do not fit: {tuple(scores.shape)}, {tuple(labels.shape)}, "
+            f"{tuple(anchors.shape)}"
+        )
+    keep_threshold = 1 / scores.shape[1] if keep_threshold is None else keep_threshold
+    best, arg = scores.max(1)
+    given = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
+    confident = (best >= threshold) & ~anchors
+    new = torch.where(confident, arg, labels)
+    verdict = torch.full_like(labels, int(Verdict.OFF_TOPIC))
+    verdict[given >= keep_threshold] = int(Verdict.KEPT)
+    verdict[confident] = int(Verdict.CORRECTED)
+    verdict[confident & (arg == labels)] = int(Verdict.KEPT)
+    verdict[anchors] = int(Verdict.ANCHOR)
+    return Correction(new, verdict)

@@ -1,0 +1,496 @@
+"""CAPro: webly supervised learning with cross-modality aligned prototypes.
+
+Images found by class names carry labels that are wrong in a structured way: the wrong sense of a word can be the
+majority, so a rule that trusts the majority keeps the wrong images. CAPro picks a few anchors per class by text (page
+text against the class definition), sets visual prototypes from them, and lets prototypes, the classifier and a dictionary
+of recent samples correct labels and drop off-topic images while it trains.
+
+Paper: "CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes", NeurIPS 2023, arXiv 2310.09761.
+
+Where paper, released code and this file differ: the encoder is frozen for the first epochs and then released, as the
+figure shows (the released trainer never releases it); sample weights act per sample (there, an outer product makes them a
+constant); text edges are similarities by default (there, distances). Arguments that the paper does not have are off by
+default and listed in `EXTENSIONS`.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contralto.data.dataset import Batch
+from contralto.distributed import gather_rows
+from contralto.encoders.heads import mlp
+from contralto.encoders.image import freeze, unfreeze
+from contralto.errors import UsageError
+from contralto.losses.contrast import contrast, soft_cross_entropy
+from contralto.memory.momentum import momentum_copy, momentum_update
+from contralto.memory.queue import Queue
+from contralto.prototypes.bank import class_means, ema_update, prototype_logits
+from contralto.prototypes.correction import Correction, correct_labels
+
+__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target"]
+
+Stage = Literal["plain", "vanilla", "capro", "finetune"]
+
+EXTENSIONS = ("text_weight", "keep_threshold", "class_balanced")
+"""Arguments that go beyond the paper; off by default."""
+
+
+class CAPro(LightningModule):
+    """The network of CAPro and one training step of each of its stages.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Pictures (B, 3, S, S) to features (B, `num_features`). `nn.Identity()` when the views are features already.
+    num_classes : int
+        C.
+    num_features : int
+        D_v, width of the features.
+    stage : {"plain", "vanilla", "capro", "finetune"}
+        "plain" is the baseline: cross-entropy on the given labels, as many epochs as the other three together. "vanilla"
+        (card stage 2) has no prototypes and no cleaning, "capro" (stage 5) has all, "finetune" (stage 6) trains the
+        classifiers on the cleaned list with the encoder frozen.
+    epochs, lr, warmup_epochs : int, float, int
+        Of stage "capro". SGD with momentum 0.9, linear warm-up, cosine.
+    vanilla_epochs, vanilla_lr, vanilla_warmup_epochs : int, float, int
+        Of stage "vanilla"; "plain" uses its rate and warm-up.
+    finetune_epochs, finetune_lr : int, float
+        Of stage "finetune"; cosine without warm-up.
+    mixup : float
+        Parameter of the Beta distribution of mixup while fine-tuning; 0 = off.
+    frozen_encoder_epoch : int
+        The encoder is frozen in epochs below this one (stage "capro").
+    init_proto_epoch : int
+        Prototypes are set from the anchors at the start of this epoch; their losses and updates begin in the next.
+    start_clean_epoch : int
+        Labels are corrected in epochs above this one.
+    threshold : float
+        gamma: a label is corrected when the best fused score reaches it.
+    alpha : float
+        Share of the classifier in the fused score, the rest is the prototypes'; the same for the votes of 5.5.
+    beta : float
+        Share of the soft target.
+    temperature : float
+        tau of instance and prototype contrast.
+    momentum_encoder, momentum_prototype : float
+        m_e and m_p. A prototype moves by (1 - m_p) per sample of its class: with few steps take a smaller m_p.
+    update_proto_freq : int
+        Prototypes move in epochs divisible by it; 0 = never, they are set anew from the anchors in every epoch.
+    lambda_ins, lambda_recn, lambda_pro : float
+        Weights of instance contrast, reconstruction and prototype contrast.
+    label_reference : int
+        Which soft target is used where (card, alternative modes): 0 none, 1 own softmax, 2 uniform, 3 own confidence,
+        4 confidence of the fused score, 5 neighbours in the batch, 6 prototypes, 7 collective bootstrapping on the
+        auxiliary head (CAPro), 8 auxiliary softmax for the main head, 9 collective bootstrapping on the main head,
+        10 own softmax on the auxiliary head.
+    dim, hidden, queue_size : int
+        Width of embeddings, hidden width of projector and reconstructor, number of keys in the queue.
+    weight_decay : float
+    text_weight : float
+        Extension. Share of the text's P(class | text) in the fused score: r <- (1 - w) r + w P(class | text).
+    keep_threshold : float, optional
+        Extension. The given class must score this much to be kept; default 1/C as in the paper.
+    seed : int
+
+    Attributes
+    ----------
+    prototypes : Tensor (C, dim)
+        Unit rows, zero before `init_proto_epoch`.
+
+    Examples
+    --------
+    >>> system = CAPro(nn.Identity(), num_classes=3, num_features=8, hidden=16, dim=4, queue_size=16)
+    >>> batch = {"views": [torch.randn(4, 8), torch.randn(4, 8)], "label": torch.tensor([0, 1, 2, 0]),
+    ...          "anchor": torch.zeros(4, dtype=torch.bool), "weight": torch.ones(4), "index": torch.arange(4)}
+    >>> sorted(system.step(batch, epoch=0))
+    ['loss', 'loss_aux', 'loss_cls', 'loss_ins', 'loss_recn']
+    """
+
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_classes: int,
+        num_features: int,
+        *,
+        stage: Stage = "capro",
+        epochs: int = 60,
+        lr: float = 0.1,
+        warmup_epochs: int = 5,
+        vanilla_epochs: int = 120,
+        vanilla_lr: float = 0.1,
+        vanilla_warmup_epochs: int = 10,
+        finetune_epochs: int = 15,
+        finetune_lr: float = 1e-4,
+        mixup: float = 0.8,
+        frozen_encoder_epoch: int = 5,
+        init_proto_epoch: int = 5,
+        start_clean_epoch: int = 10,
+        threshold: float = 0.6,
+        alpha: float = 0.5,
+        beta: float = 0.1,
+        temperature: float = 0.1,
+        momentum_encoder: float = 0.999,
+        momentum_prototype: float = 0.999,
+        update_proto_freq: int = 1,
+        lambda_ins: float = 1.0,
+        lambda_recn: float = 1.0,
+        lambda_pro: float = 1.0,
+        label_reference: int = 7,
+        dim: int = 128,
+        hidden: int = 2048,
+        queue_size: int = 8192,
+        weight_decay: float = 1e-4,
+        text_weight: float = 0.0,
+        keep_threshold: float | None = None,
+        seed: int = 1024,
+    ) -> None:
+        super().__init__()
+        _check(stage, num_classes, threshold, alpha, beta, text_weight, temperature, label_reference)
+        self.save_hyperparameters(ignore=["encoder"])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = encoder
+            self.momentum_encoder = momentum_copy(encoder)
+            self.projector = mlp([num_features, hidden, dim], normalize=True)
+            self.reconstructor = mlp([dim, hidden, num_features])
+            self.classifier = nn.Linear(num_features, num_classes, bias=False)
+            self.auxiliary = nn.Linear(dim, num_classes, bias=False)
+        self.queue = Queue(queue_size, dim, seed=seed)
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+        # Set by the training job: yields the views and labels of the anchors, for 4.5.
+        self.anchor_batches: Any = None
+
+    # One training step, in the order of the card.
+
+    def step(self, batch: Batch, epoch: int, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Losses of one batch; moves momentum encoder, queue and prototypes.
+
+        Parameters
+        ----------
+        batch : dict
+            `views` [weak, strong] (stage "plain": weak), `label`, `anchor`, `weight`, `text_scores` if `text_weight` > 0.
+        epoch, batch_idx : int
+            Numbers of the epoch and of the batch in it, from 0.
+
+        Returns
+        -------
+        dict
+            `loss` and its parts; with cleaning also `kept` and `corrected`, shares of the batch.
+        """
+        h = self.hparams
+        if h.stage == "plain":
+            logits = self.classifier(self.encoder(batch["views"][0]))
+            loss = (batch["weight"] * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
+            return {"loss": loss, "loss_cls": loss}
+        label, weight = batch["label"], batch["weight"]
+        prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch
+        cleaning = h.stage == "capro" and epoch > h.start_clean_epoch
+
+        # 1. Features, embedding, reconstruction; in warm-up its gradient reaches projector and encoder.
+        v = self.encoder(batch["views"][0])
+        z = self.projector(v)
+        logits = self.classifier(v)
+        reconstruction = self.reconstructor(z.detach() if prototypes_on else z)
+        # 2. The momentum encoder moves before it computes the keys.
+        momentum_update(self.momentum_encoder, self.encoder, h.momentum_encoder)
+        # 3. Auxiliary classifier on the unit embedding; keys of the strong view.
+        aux = self.auxiliary(F.normalize(z, dim=1))
+        with torch.no_grad():
+            key = self.projector(self.momentum_encoder(batch["views"][1]))
+        # 4. Negatives are read before the new keys enter the queue.
+        negatives = self.queue.read()
+        self.queue.enqueue(gather_rows(key))
+        # 5. Collective bootstrapping with the updated queue and the prototypes as they are.
+        bootstrap = self._bootstrap(z) if h.label_reference in (7, 9) else None
+        # 6. Prototypes as they are before their update.
+        prototypes = self.prototypes.clone()
+        # 7. Noise removal and label correction.
+        fused = self._fused_scores(logits, z, prototypes, batch.get("text_scores"))
+        correction = None
+        if cleaning:
+            correction = self._correct(fused, batch)
+            label, kept = correction.labels, correction.kept
+        else:
+            kept = torch.ones_like(label, dtype=torch.bool)
+        # 8. Prototypes move, in the order of the batch, with kept samples and corrected labels.
+        if prototypes_on and h.update_proto_freq and epoch % h.update_proto_freq == 0:
+            self.prototypes.copy_(
+                ema_update(prototypes, gather_rows(z[kept]), gather_rows(label[kept]), h.momentum_prototype)
+            )
+        # 9. Losses: instance contrast on all rows, the others on the kept ones.
+        out: dict[str, Tensor] = {}
+        if h.stage != "finetune":
+            columns = torch.cat([z.new_zeros(len(key)), z.new_ones(len(negatives))])  # own key (coupled) and the queue
+            out["loss_ins"] = h.lambda_ins * contrast(
+                z,
+                torch.cat([key, negatives.to(key.dtype)]),
+                positives=torch.arange(len(z), device=z.device),
+                weights=columns,
+                temperature=h.temperature,
+                coupled=True,
+                normalize=False,
+            )
+        if bool(kept.any()):
+            target = None if bootstrap is None else bootstrap[kept]
+            out |= self._classification(
+                logits[kept], aux[kept], v[kept], z[kept], label[kept], weight[kept], fused[kept], prototypes, target
+            )
+            if h.stage != "finetune":
+                out["loss_recn"] = h.lambda_recn * F.mse_loss(reconstruction[kept], v[kept].detach())
+            if prototypes_on:
+                out["loss_pro"] = h.lambda_pro * contrast(
+                    z[kept], prototypes, positives=label[kept], temperature=h.temperature, normalize=False
+                )
+        if h.stage == "finetune" and h.mixup > 0:
+            out["loss_mixup"] = self._mixup(batch["views"][0], label, epoch, batch_idx)
+        out["loss"] = torch.stack(list(out.values())).sum()
+        if correction is not None:
+            out["kept"] = kept.float().mean()
+            out["corrected"] = (kept & (label != batch["label"])).float().mean()
+        return out
+
+    def _bootstrap(self, z: Tensor) -> Tensor:
+        h = self.hparams
+        with torch.no_grad():
+            keys = self.queue.read().to(z.dtype)
+            votes = h.alpha * self.auxiliary(keys).softmax(1) + (1 - h.alpha) * prototype_logits(
+                keys, self.prototypes.to(z.dtype), h.temperature
+            ).softmax(1)
+            return bootstrapping_target(z, keys, votes)
+
+    @torch.no_grad()
+    def _fused_scores(self, logits: Tensor, z: Tensor, prototypes: Tensor, text_scores: Tensor | None) -> Tensor:
+        """r of card 5.6; with `text_weight` the text has its say."""
+        h = self.hparams
+        near = prototype_logits(z, prototypes.to(z.dtype), h.temperature).softmax(1)
+        fused = h.alpha * logits.softmax(1) + (1 - h.alpha) * near
+        if h.text_weight > 0:
+            if text_scores is None:
+                raise UsageError("text_weight > 0 needs text_scores in the batch")
+            fused = (1 - h.text_weight) * fused + h.text_weight * text_scores
+        return fused
+
+    def _correct(self, fused: Tensor, batch: Batch) -> Correction:
+        return correct_labels(
+            fused,
+            batch["label"],
+            batch["anchor"],
+            threshold=self.hparams.threshold,
+            keep_threshold=self.hparams.keep_threshold,
+        )
+
+    def _classification(
+        self,
+        logits: Tensor,
+        aux: Tensor,
+        v: Tensor,
+        z: Tensor,
+        label: Tensor,
+        weight: Tensor,
+        fused: Tensor,
+        prototypes: Tensor,
+        bootstrap: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Both heads: hard label on one, (1 - beta) hard + beta soft on the other, by `label_reference`."""
+        mode, beta = self.hparams.label_reference, self.hparams.beta
+        hard = F.cross_entropy(logits, label, reduction="none")
+        hard_aux = F.cross_entropy(aux, label, reduction="none")
+        if mode in (7, 10):
+            target = aux.softmax(1) if bootstrap is None else bootstrap
+            hard_aux = (1 - beta) * hard_aux + beta * soft_cross_entropy(aux, target)
+        elif mode in (3, 4):
+            score = logits.softmax(1) if mode == 3 else fused
+            confidence = score.detach().gather(1, label.unsqueeze(1)).squeeze(1)
+            hard = confidence * hard + (1 - confidence) * soft_cross_entropy(logits, logits.softmax(1))
+        elif mode != 0:
+            if mode == 1:
+                target = logits.softmax(1)
+            elif mode == 2:
+                target = torch.full_like(logits, 1 / logits.shape[1])
+            elif mode == 5:
+                target = _neighbour_target(v, logits)
+            elif mode == 6:
+                target = prototype_logits(z, prototypes.to(z.dtype), self.hparams.temperature).softmax(1)
+            elif mode == 8:
+                target = aux.softmax(1)
+            else:
+                assert bootstrap is not None
+                target = bootstrap
+            hard = (1 - beta) * hard + beta * soft_cross_entropy(logits, target)
+        return {"loss_cls": (weight * hard).mean(), "loss_aux": (weight * hard_aux).mean()}
+
+    def _mixup(self, x: Tensor, label: Tensor, epoch: int, batch_idx: int) -> Tensor:
+        """Card 6.2: one Beta draw per batch, inputs and losses mixed; the draw is a function of (seed, epoch, batch)."""
+        rng = np.random.default_rng([self.hparams.seed, epoch, batch_idx])
+        share = float(rng.beta(self.hparams.mixup, self.hparams.mixup))
+        order = torch.from_numpy(rng.permutation(len(x))).to(x.device)
+        logits = self.classifier(self.encoder(share * x + (1 - share) * x[order]))
+        return share * F.cross_entropy(logits, label) + (1 - share) * F.cross_entropy(logits, label[order])
+
+    # What the trainer calls.
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of this stage."""
+        return stage_epochs(self.hparams, self.hparams.stage)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        out = self.step(batch, self.current_epoch, batch_idx)
+        self.log_dict({k: v.detach() for k, v in out.items()}, on_step=False, on_epoch=True, batch_size=len(batch["label"]))
+        return out["loss"]
+
+    def on_train_epoch_start(self) -> None:
+        h, epoch = self.hparams, self.current_epoch
+        rate, warmup = self._rate_and_warmup()
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * lr_factor(epoch, warmup, self.num_epochs)
+        if h.stage == "finetune" or (h.stage == "capro" and epoch < h.frozen_encoder_epoch):
+            freeze(self.encoder)
+        elif h.stage == "capro" and epoch == h.frozen_encoder_epoch:
+            unfreeze(self.encoder)
+            for optimizer in self.trainer.optimizers:  # the optimiser starts anew with the encoder, as in fopro's code
+                optimizer.state.clear()
+        again = h.update_proto_freq == 0 and epoch > h.init_proto_epoch
+        if h.stage == "capro" and (epoch == h.init_proto_epoch or again):
+            self.init_prototypes()
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for name, p in self.named_parameters() if not name.startswith("momentum_encoder.")]
+        return torch.optim.SGD(trained, lr=self._rate_and_warmup()[0], momentum=0.9, weight_decay=self.hparams.weight_decay)
+
+    def _rate_and_warmup(self) -> tuple[float, int]:
+        h = self.hparams
+        if h.stage == "finetune":
+            return h.finetune_lr, 0
+        return (h.lr, h.warmup_epochs) if h.stage == "capro" else (h.vanilla_lr, h.vanilla_warmup_epochs)
+
+    @torch.no_grad()
+    def init_prototypes(self) -> None:
+        """Set every prototype to the mean of its anchors (card 4.5): evaluation mode, momentum encoder and projector."""
+        training = self.training
+        self.eval()
+        embeddings, labels = [], []
+        for batch in self.anchor_batches():
+            embeddings.append(self.projector(self.momentum_encoder(batch["views"][0].to(self.device))))
+            labels.append(batch["label"].to(self.device))
+        self.train(training)
+        self.prototypes.copy_(class_means(torch.cat(embeddings), torch.cat(labels), len(self.prototypes)))
+
+    # What is learnt, applied.
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class probabilities (B, C) of the classifier, all that is used at inference (card 5.10)."""
+        return self.classifier(self.encoder(x)).softmax(1)
+
+    @torch.no_grad()
+    def score(self, x: Tensor, text_scores: Tensor | None = None) -> dict[str, Tensor]:
+        """All scores of card 6.1 for a batch of inputs.
+
+        Returns
+        -------
+        dict
+            `classifier`, `auxiliary`, `prototype`, `fused` (B, C) in [0, 1] and `embedding` (B, dim).
+        """
+        v = self.encoder(x)
+        z = self.projector(v)
+        logits = self.classifier(v)
+        return {
+            "classifier": logits.softmax(1),
+            "auxiliary": self.auxiliary(F.normalize(z, dim=1)).softmax(1),
+            "prototype": prototype_logits(z, self.prototypes.to(z.dtype), self.hparams.temperature).softmax(1),
+            "fused": self._fused_scores(logits, z, self.prototypes, text_scores),
+            "embedding": z,
+        }
+
+
+def stage_epochs(arguments: Any, stage: Stage) -> int:
+    """Epochs of a stage; plain training gets as many as the other three together."""
+    parts = {
+        "vanilla": arguments["vanilla_epochs"],
+        "capro": arguments["epochs"],
+        "finetune": arguments["finetune_epochs"],
+    }
+    return int(sum(parts.values()) if stage == "plain" else parts[stage])
+
+
+def lr_factor(epoch: int, warmup: int, epochs: int) -> float:
+    """Learning rate of an epoch over the base rate (card 5.8): linear warm-up, then cosine.
+
+    Examples
+    --------
+    >>> [round(lr_factor(e, 5, 60), 3) for e in (0, 1, 5, 60)]
+    [0.2, 0.2, 1.0, 0.0]
+    """
+    if epoch <= warmup and warmup > 0:
+        return max(epoch, 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
+
+
+def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
+    """Soft labels looked up in the dictionary of recent keys (card 5.5), without gradient.
+
+    Every key votes in proportion to its positive cosine: ``a_ij = clip(z_i . z'_j, 0, 1) + 1e-7``, rows scaled to sum 1.
+
+    Parameters
+    ----------
+    z : Tensor (B, d)
+        Unit rows.
+    keys : Tensor (Q, d)
+        Unit rows.
+    votes : Tensor (Q, C)
+        Class distribution of every key.
+
+    Returns
+    -------
+    Tensor (B, C)
+        Rows that sum to 1.
+
+    Examples
+    --------
+    >>> bootstrapping_target(torch.eye(2), torch.eye(2), torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    tensor([[1.0000e+00, 5.0000e-08],
+            [5.0000e-01, 5.0000e-01]])
+    """
+    share = (z.detach() @ keys.T).clamp(0, 1) + 1e-7
+    target = ((share / share.sum(1, keepdim=True)) @ votes).clamp(0, 1)
+    return target / target.sum(1, keepdim=True)
+
+
+def _neighbour_target(v: Tensor, logits: Tensor, k: int = 10) -> Tensor:
+    """Mode 5: similarity-weighted mean of softmax(logits / 2) over the k nearest of the batch, cosine clipped to [0, 1]."""
+    unit = F.normalize(v.detach(), dim=1)
+    similarity, index = (unit @ unit.T).clamp(0, 1).topk(min(k, len(v)), dim=1)
+    share = similarity / similarity.sum(1, keepdim=True).clamp_min(1e-7)
+    return (share.unsqueeze(2) * (logits.detach() / 2).softmax(1)[index]).sum(1)
+
+
+def _check(
+    stage: str,
+    num_classes: int,
+    threshold: float,
+    alpha: float,
+    beta: float,
+    text_weight: float,
+    temperature: float,
+    label_reference: int,
+) -> None:
+    if stage not in ("plain", "vanilla", "capro", "finetune"):
+        raise UsageError(f'stage must be "plain", "vanilla", "capro" or "finetune", got {stage!r}')
+    if num_classes < 2:
+        raise UsageError(f"num_classes must be at least 2, got {num_classes}")
+    for name, value in (("alpha", alpha), ("beta", beta), ("text_weight", text_weight)):
+        if not 0 <= value <= 1:
+            raise UsageError(f"{name} must be in [0, 1], got {value}")
+    if not temperature > 0 or not threshold > 0:
+        raise UsageError(f"temperature and threshold must be above 0, got {temperature} and {threshold}")
+    if label_reference not in range(11):
+        raise UsageError(f"label_reference must be a whole number from 0 to 10, got {label_reference}")

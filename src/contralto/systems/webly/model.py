@@ -1,0 +1,181 @@
+"""What a webly run hands over for use: encoder, classifier and prototypes, without the training stack.
+
+A model folder holds `config.json` (JSON), `model.safetensors` and a model card `README.md`; nothing in it is unpickled.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from contralto.data.images import decode_image
+from contralto.encoders.heads import mlp
+from contralto.encoders.image import image_encoder
+from contralto.errors import DataError, UsageError
+from contralto.views.image import EvalView
+
+__all__ = ["Predictions", "WebClassifier", "load"]
+
+Pictures = Sequence[Any]
+
+
+class Predictions(list[str]):
+    """Class names, one per picture, with `probabilities` (N, C) beside them."""
+
+    def __init__(self, names: list[str], probabilities: npt.NDArray[np.float32]) -> None:
+        super().__init__(names)
+        self.probabilities = probabilities
+
+
+class WebClassifier(nn.Module):
+    """Encoder, linear classifier, projector and prototypes of a finished run.
+
+    Parameters
+    ----------
+    config : dict
+        As in `config.json`: `encoder` (name), `num_features`, `size`, `crop`, `mean`, `std`, `classes`, `hidden`, `dim`,
+        `temperature`.
+    encoder : nn.Module, optional
+        The image encoder; built from its name without weights if not given.
+
+    Examples
+    --------
+    >>> config = {"encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
+    ...           "classes": ["cat", "dog"], "hidden": 16, "dim": 8, "temperature": 0.1}
+    >>> model = WebClassifier(config).eval()
+    >>> prediction = model.predict([np.zeros((40, 40, 3), dtype=np.uint8)])
+    >>> prediction[0] in ("cat", "dog"), prediction.probabilities.shape
+    (True, (1, 2))
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, config: dict[str, Any], encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.classes: list[str] = list(config["classes"])
+        self.encoder = (
+            image_encoder(config["encoder"], pretrained=False, size=config["size"]) if encoder is None else encoder
+        )
+        self.classifier = nn.Linear(config["num_features"], len(self.classes), bias=False)
+        self.projector = mlp([config["num_features"], config["hidden"], config["dim"]], normalize=True)
+        self.register_buffer("prototypes", torch.zeros(len(self.classes), config["dim"]))
+        self.view = EvalView(config["size"], config["crop"], tuple(config["mean"]), tuple(config["std"]))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (N, 3, S, S) to class probabilities (N, C)."""
+        probabilities: Tensor = self.classifier(self.encoder(pixels)).softmax(1)
+        return probabilities
+
+    def predict(self, pictures: Pictures, *, batch_size: int = 64) -> Predictions:
+        """Classify pictures.
+
+        Parameters
+        ----------
+        pictures : sequence
+            Paths, encoded bytes, uint8 arrays (H, W, 3) or PIL images, mixed as you like.
+        batch_size : int
+
+        Returns
+        -------
+        Predictions
+            A list of class names, with `.probabilities` (N, C).
+
+        Raises
+        ------
+        DataError
+            If a file is not a picture; the message names it.
+        """
+        if isinstance(pictures, (str, bytes, Path)):
+            raise UsageError("predict takes a list of pictures; put the single one into a list")
+        with torch.inference_mode():
+            parts = [self(x) for x in self._batches(pictures, batch_size)]
+        probabilities = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
+        return Predictions(
+            [self.classes[int(i)] for i in probabilities.argmax(1)] if parts else [], probabilities.cpu().numpy()
+        )
+
+    def embed(self, pictures: Pictures, *, batch_size: int = 64) -> npt.NDArray[np.float32]:
+        """Unit embeddings (N, dim) in the space of the prototypes."""
+        with torch.inference_mode():
+            parts = [self.projector(self.encoder(x)) for x in self._batches(pictures, batch_size)]
+        return (torch.cat(parts) if parts else torch.zeros(0, self.config["dim"])).cpu().numpy()
+
+    def export(self, path: str | Path) -> Path:
+        """Write a `torch.export` program (pixels (N, 3, S, S) to probabilities), with any batch size.
+
+        Returns
+        -------
+        Path
+            The file; `torch.export.load(path).module()` runs it without this library.
+        """
+        example = torch.zeros(2, 3, self.config["size"], self.config["size"])
+        program = torch.export.export(
+            self.eval(), (example,), dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=65536)}}
+        )
+        torch.export.save(program, path)
+        return Path(path)
+
+    def save(self, folder: str | Path, card: str = "") -> None:
+        """Write `config.json`, `model.safetensors` and the model card into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1, ensure_ascii=False), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def _batches(self, pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
+        device = self.classifier.weight.device
+        for start in range(0, len(pictures), batch_size):
+            pixels = [self.view(_as_tensor(p)) for p in pictures[start : start + batch_size]]
+            yield torch.stack(pixels).to(device)
+
+
+def _as_tensor(picture: Any) -> Tensor:
+    if isinstance(picture, (str, Path)):
+        try:
+            picture = decode_image(Path(picture).read_bytes())
+        except DataError as error:
+            raise DataError(str(error), file=str(picture)) from error
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", file=str(picture)) from error
+    elif isinstance(picture, bytes):
+        picture = decode_image(picture)
+    array = np.array(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UsageError(f"a picture must be uint8 (H, W, 3), got {array.dtype} {array.shape}")
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
+    """Load the model of a run for inference: ``contralto.load(run).predict(images)``.
+
+    Parameters
+    ----------
+    folder : path
+        A run folder, or its `model` folder.
+    device : str
+
+    Returns
+    -------
+    WebClassifier
+        In evaluation mode.
+
+    Raises
+    ------
+    DataError
+        If there is no model in the folder.
+    """
+    folder = Path(folder)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise DataError("there is no model here (config.json and model.safetensors); is the run finished?", file=str(folder))
+    model = WebClassifier(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval().to(device)
