@@ -33,7 +33,7 @@ from contralto.memory.queue import Queue
 from contralto.prototypes.bank import class_means, ema_update, prototype_logits
 from contralto.prototypes.correction import Correction, correct_labels
 
-__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target"]
+__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target", "lr_factor", "scale_rule", "stage_epochs"]
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
 
@@ -79,7 +79,8 @@ class CAPro(LightningModule):
     temperature : float
         tau of instance and prototype contrast.
     momentum_encoder, momentum_prototype : float
-        m_e and m_p. A prototype moves by (1 - m_p) per sample of its class: with few steps take a smaller m_p.
+        m_e and m_p. A prototype moves by (1 - m_p) per sample of its class: with few steps take a smaller m_p. None (here
+        and for `queue_size`) is for jobs that know the data: they fill it by `scale_rule`.
     update_proto_freq : int
         Prototypes move in epochs divisible by it; 0 = never, they are set anew from the anchors in every epoch.
     lambda_ins, lambda_recn, lambda_pro : float
@@ -138,7 +139,7 @@ class CAPro(LightningModule):
         beta: float = 0.1,
         temperature: float = 0.1,
         momentum_encoder: float = 0.999,
-        momentum_prototype: float = 0.999,
+        momentum_prototype: float | None = 0.999,
         update_proto_freq: int = 1,
         lambda_ins: float = 1.0,
         lambda_recn: float = 1.0,
@@ -146,13 +147,15 @@ class CAPro(LightningModule):
         label_reference: int = 7,
         dim: int = 128,
         hidden: int = 2048,
-        queue_size: int = 8192,
+        queue_size: int | None = 8192,
         weight_decay: float = 1e-4,
         text_weight: float = 0.0,
         keep_threshold: float | None = None,
         seed: int = 1024,
     ) -> None:
         super().__init__()
+        if momentum_prototype is None or queue_size is None:
+            raise UsageError("momentum_prototype and queue_size must be numbers here: scale_rule gives them from the data")
         _check(stage, num_classes, threshold, alpha, beta, text_weight, temperature, label_reference)
         self.save_hyperparameters(ignore=["encoder"])
         with torch.random.fork_rng(devices=[]):
@@ -216,6 +219,8 @@ class CAPro(LightningModule):
         fused = self._fused_scores(logits, z, prototypes, batch.get("text_scores"))
         correction = None
         if cleaning:
+            if h.text_weight > 0 and "text_scores" not in batch:
+                raise UsageError("text_weight > 0 needs text_scores in the batch")
             correction = self._correct(fused, batch)
             label, kept = correction.labels, correction.kept
         else:
@@ -272,9 +277,7 @@ class CAPro(LightningModule):
         h = self.hparams
         near = prototype_logits(z, prototypes.to(z.dtype), h.temperature).softmax(1)
         fused = h.alpha * logits.softmax(1) + (1 - h.alpha) * near
-        if h.text_weight > 0:
-            if text_scores is None:
-                raise UsageError("text_weight > 0 needs text_scores in the batch")
+        if h.text_weight > 0 and text_scores is not None:
             fused = (1 - h.text_weight) * fused + h.text_weight * text_scores
         return fused
 
@@ -420,6 +423,27 @@ def stage_epochs(arguments: Any, stage: Stage) -> int:
         "finetune": arguments["finetune_epochs"],
     }
     return int(sum(parts.values()) if stage == "plain" else parts[stage])
+
+
+def scale_rule(n_images: int, num_classes: int) -> dict[str, Any]:
+    """What must scale with the size of the data, where an argument is None.
+
+    With n = N / C images per class: anchors per class K = n / 5 within [10, 50]; prototype momentum m_p = 1 - 2 / n within
+    [0.9, 0.999], so that a prototype forgets its start within an epoch; queue of N / 3 keys within [256, 8192].
+
+    Examples
+    --------
+    >>> scale_rule(3276, 22)
+    {'anchors': 29, 'momentum_prototype': 0.9866, 'queue_size': 1092}
+    >>> scale_rule(2_400_000, 1000)
+    {'anchors': 50, 'momentum_prototype': 0.999, 'queue_size': 8192}
+    """
+    n = n_images / num_classes
+    return {
+        "anchors": int(min(max(n // 5, 10), 50)),
+        "momentum_prototype": round(min(max(1 - 2 / n, 0.9), 0.999), 4),
+        "queue_size": int(min(max(n_images // 3, 256), 8192)),
+    }
 
 
 def lr_factor(epoch: int, warmup: int, epochs: int) -> float:

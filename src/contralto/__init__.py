@@ -1,0 +1,24 @@
+"""Contralto: learning by contrast and with prototypes from data as it is found.
+
+``contralto.fit_capro(data, run)`` trains a classifier on noisy web images and says which of them are wrong;
+``contralto.load(run).predict(images)`` uses it. Everything else is in submodules, loaded when asked for.
+"""
+
+from importlib import import_module, metadata
+from typing import Any
+
+__all__ = ["fit_capro", "load"]
+
+__version__ = metadata.version("contralto")
+
+_LAZY = {"load": "contralto.systems.webly.model", "fit_capro": "contralto.pipelines.webly"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'contralto' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

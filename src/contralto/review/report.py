@@ -1,0 +1,301 @@
+"""The report of a run: one HTML file that needs no network and trusts nothing that came from the web.
+
+Text from the web reaches the page in two ways only: through Jinja's escaping, or inside a JSON block from which the script
+takes it with `textContent`. A content security policy allows the one style sheet and the one script of the page by their
+hashes, data: images, and nothing else.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from PIL import Image
+
+from contralto.data.manifest import Manifest
+from contralto.errors import DataError
+from contralto.evaluation.classification import per_class_accuracy
+from contralto.evaluation.noise import risk_coverage
+from contralto.review.charts import bar_pairs, curve, heat_map, scatter
+
+__all__ = ["write_report"]
+
+SHEET = 100
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def write_report(
+    run: str | Path,
+    *,
+    read_image: Callable[[int], npt.NDArray[np.uint8]],
+    out: str | Path | None = None,
+    thumbnail: int = 48,
+    max_bytes: int = 15 * 2**20,
+) -> Path:
+    """Write `report.html` of a run.
+
+    Parameters
+    ----------
+    run : path
+        Run folder with at least `manifest/`, `config.json`, `cleaned.parquet` and `metrics.json`.
+    read_image : function
+        Row of the manifest -> uint8 (H, W, 3).
+    out : path, optional
+        Default: `report.html` in the run folder.
+    thumbnail : int
+        Side of the thumbnails in pixels.
+    max_bytes : int
+        Size of the whole page; thumbnails get smaller and coarser, and at last fewer, to keep it. What is left out is said.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    DataError
+        If the run is not finished.
+    """
+    run = Path(run)
+    for needed in ("config.json", "cleaned.parquet", "metrics.json"):
+        if not (run / needed).is_file():
+            raise DataError(f"there is no {needed} yet: the run is not finished", file=str(run))
+    manifest = Manifest.load(run / "manifest")
+    config, metrics = _json(run / "config.json"), _json(run / "metrics.json")
+    rows = pq.read_table(run / "cleaned.parquet").to_pylist()
+    clean = manifest.column("clean_label").astype(int)
+    known = bool((clean[[r["index"] for r in rows]] != -2).any())
+    parts = {name: resources.files("contralto.review").joinpath(f"templates/{name}").read_text("utf-8") for name in ("report.css", "report.js")}
+    page = {
+        "style": parts["report.css"],
+        "script": parts["report.js"],
+        "style_hash": _policy_hash(parts["report.css"]),
+        "script_hash": _policy_hash(parts["report.js"]),
+        "config": config,
+        "environment": _json(run / "environment.json") if (run / "environment.json").exists() else {},
+        "metrics": metrics,
+        "classes": manifest.class_names,
+        "data": _data_section(manifest, rows),
+        "known": known,
+        "accuracy": _accuracy_chart(run, manifest),
+        "coverage": _coverage(rows, clean, manifest.class_names, known),
+        "map": _map_chart(run, manifest, rows),
+        "curves": _curve_charts(run),
+        "flow": _flow_chart(rows, manifest.class_names),
+        "run_name": run.name,
+    }
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = lambda x, digits=1: "–" if x is None or x != x else f"{100 * x:.{digits}f} %"
+    template = environment.from_string(resources.files("contralto.review").joinpath("templates/report.html.j2").read_text("utf-8"))
+    fixed = len(template.render(page, items="", sheets=[], thumbnail=thumbnail, left_out=0).encode())
+    items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, max_bytes - fixed - 200_000)
+    html = template.render(page, items=jinja2.utils.markupsafe.Markup(_safe_json(items)), sheets=sheets, thumbnail=size, left_out=left_out)
+    target = Path(out) if out is not None else run / "report.html"
+    target.write_text(html, encoding="utf-8")
+    return target
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _policy_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _safe_json(value: Any) -> str:
+    """JSON that cannot end its script block or be taken for markup."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+def _shown(text: str, limit: int = 300) -> str:
+    text = _CONTROL.sub("", text[: 4 * limit])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _gallery(
+    rows: list[dict[str, Any]],
+    manifest: Manifest,
+    read_image: Callable[[int], npt.NDArray[np.uint8]],
+    side: int,
+    budget: int,
+) -> tuple[list[dict[str, Any]], list[str], int, int]:
+    """Items for the script and sprite sheets of their thumbnails within the budget (characters of the page)."""
+    texts = manifest.texts
+    order = sorted(rows, key=lambda r: (r["given"], -r["p_wrong"]))
+    thumbs = [_thumbnail(read_image(r["index"]), side) for r in order]
+    left_out = 0
+    for scale, quality in ((1.0, 70), (1.0, 50), (0.75, 50), (0.67, 35)):
+        size = round(side * scale)
+        sheets = _sheets(thumbs, size, quality)
+        items = _items(order, texts)
+        if sum(map(len, sheets)) + len(_safe_json(items).encode()) <= budget or (scale, quality) == (0.67, 35):
+            break
+    total = sum(map(len, sheets)) + len(_safe_json(items).encode())
+    if total > budget:  # the most suspicious of all stay
+        keep = max(1, int(len(order) * budget / total * 0.95))
+        chosen = sorted(sorted(range(len(order)), key=lambda i: -order[i]["p_wrong"])[:keep])
+        left_out = len(order) - keep
+        order, thumbs = [order[i] for i in chosen], [thumbs[i] for i in chosen]
+        sheets, items = _sheets(thumbs, size, quality), _items(order, texts)
+    return items, sheets, size, left_out
+
+
+def _thumbnail(image: npt.NDArray[np.uint8], side: int) -> Image.Image:
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (side, side), (255, 255, 255))
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas
+
+
+def _sheets(thumbs: list[Image.Image], side: int, quality: int) -> list[str]:
+    sheets = []
+    for start in range(0, len(thumbs), SHEET):
+        part = thumbs[start : start + SHEET]
+        sheet = Image.new("RGB", (10 * side, 10 * side), (255, 255, 255))
+        for i, thumb in enumerate(part):
+            sheet.paste(thumb if thumb.width == side else thumb.resize((side, side)), (i % 10 * side, i // 10 * side))
+        buffer = io.BytesIO()
+        sheet.crop((0, 0, 10 * side, -(-len(part) // 10) * side)).save(buffer, "WEBP", quality=quality)
+        sheets.append("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return sheets
+
+
+def _items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
+    scores = ("classifier", "auxiliary", "prototype", "fused")
+    return [
+        {
+            "id": _shown(r["id"], 120), "g": r["given"], "v": r["verdict"], "n": r["new"], "t": _shown(texts[r["index"]]),
+            "p": round(r["p_wrong"], 3), "m": round(r["text_match"], 3), "r": r["text_rank"],
+            "a": [round(r[f"given_{s}"], 2) for s in scores], "b": [round(r[f"new_{s}"], 2) for s in scores],
+            "k": r["nearest_prototypes"],
+        }
+        for r in order
+    ]  # fmt: skip
+
+
+def _data_section(manifest: Manifest, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    reasons = Counter(manifest.skipped.column("reason").to_pylist())
+    examples: dict[str, list[str]] = {}
+    for r in manifest.skipped.to_pylist():
+        examples.setdefault(r["reason"], [])
+        if len(examples[r["reason"]]) < 3:
+            examples[r["reason"]].append(_shown(r["id"], 60))
+    groups = manifest.column("duplicate_group")
+    splits = Counter(manifest.column("split").tolist())
+    per_class: dict[str, Counter[str]] = {name: Counter() for name in manifest.class_names}
+    for r in rows:
+        per_class[r["given"]][r["verdict"]] += 1
+    return {
+        "pictures": len(manifest),
+        "splits": dict(splits.most_common()),
+        "skipped": [(reason, n, examples[reason]) for reason, n in reasons.most_common()],
+        "skipped_total": manifest.skipped.num_rows,
+        "duplicates": len(groups) - len(np.unique(groups)),
+        "without_text": sum(not t.strip() for t in manifest.texts),
+        "per_class": [(c, per_class[c.name]) for c in manifest.classes],
+        "trained": len(rows),
+    }
+
+
+def _accuracy_chart(run: Path, manifest: Manifest) -> str:
+    path = run / "test_predictions.parquet"
+    if not path.exists():
+        return ""
+    table = pq.read_table(path)
+    labels, count = table.column("label").to_numpy(), len(manifest.classes)
+    ours = per_class_accuracy(labels, table.column("predicted").to_numpy(), count)
+    plain = per_class_accuracy(labels, table.column("plain").to_numpy(), count) if "plain" in table.column_names else None
+    order = [int(i) for i in np.argsort(ours) if not np.isnan(ours[i])]
+    rows = [(manifest.class_names[i], None if plain is None else float(plain[i]), float(ours[i])) for i in order]
+    return bar_pairs(rows, names=("plain training", "CAPro"))
+
+
+def _coverage(rows: list[dict[str, Any]], clean: npt.NDArray[np.int64], names: list[str], known: bool) -> dict[str, Any]:
+    p = np.array([r["p_wrong"] for r in rows])
+    wrong = None
+    if known:
+        number = {n: i for i, n in enumerate(names)}
+        wrong = np.array([number[r["given"]] != clean[r["index"]] for r in rows])
+    series = []
+    x, y = risk_coverage(p)
+    step = max(1, len(x) // 200)
+    targets = []
+    if wrong is not None:
+        x, truth = risk_coverage(p, wrong)
+        series.append(("measured", list(zip(x[::step].tolist(), truth[::step].tolist(), strict=True))))
+        y = truth
+    else:
+        series.append(("estimated", list(zip(x[::step].tolist(), y[::step].tolist(), strict=True))))
+    for target in (0.8, 0.9, 0.95, 0.99):
+        if y[0] < target:
+            targets.append((target, float(x[int(np.argmax(y >= target - 1e-12))])))
+    return {
+        "chart": curve(series, label="share of right labels after looking at the most suspicious", percent=True,
+                       x_label="share of images looked at", width=420, height=220),
+        "targets": targets, "start": float(y[0]), "measured": known, "n": len(rows),
+    }  # fmt: skip
+
+
+def _map_chart(run: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str:
+    if not (run / "map.parquet").exists():
+        return ""
+    by_index = {r["index"]: r for r in rows}
+    number = {n: i for i, n in enumerate(manifest.class_names)}
+    points, prototypes = [], []
+    for r in pq.read_table(run / "map.parquet").to_pylist():
+        if r["index"] < 0:
+            c = -1 - r["index"]
+            prototypes.append((r["x"], r["y"], c, manifest.class_names[c]))
+        else:
+            row = by_index[r["index"]]
+            points.append((r["x"], r["y"], number[row["new"] or row["given"]], row["verdict"]))
+    return scatter(points, prototypes)
+
+
+def _curve_charts(run: Path) -> list[dict[str, str]]:
+    charts = []
+    for stage in ("plain", "vanilla", "capro", "finetune"):
+        path = run / "stages" / stage / "metrics.jsonl"
+        if not path.exists():
+            continue
+        epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        keys = [k for k in epochs[-1] if k.startswith("loss_")]
+        for title, wanted, percent in (("losses", keys, False), ("kept and corrected", ["kept", "corrected"], True)):
+            series = [(k, [(e["epoch"], e[k]) for e in epochs if k in e]) for k in wanted]
+            series = [s for s in series if s[1]]
+            if series:
+                told = [(n.removeprefix("loss_"), f"s{i % 8}") for i, (n, _) in enumerate(series)]
+                charts.append({"title": f"{stage}: {title}", "svg": curve(series, label=f"{stage} {title}", percent=percent, x_label="epoch"), "legend": told})  # type: ignore[dict-item]
+    return charts
+
+
+def _flow_chart(rows: list[dict[str, Any]], names: list[str]) -> str:
+    flow = Counter((r["given"], r["new"] or "off-topic") for r in rows if r["verdict"] in ("corrected", "off-topic"))
+    if not flow:
+        return ""
+    number = {n: i for i, n in enumerate([*names, "off-topic"])}
+    given = Counter({n: 0 for n in names})
+    for (a, _), n in flow.items():
+        given[a] += n
+    shown = [n for n, c in given.most_common(40) if c]
+    columns = [*shown, "off-topic"] if len(names) > 40 else [*names, "off-topic"]
+    matrix = [[flow.get((a, b), 0) for b in columns] for a in shown]
+    assert all(n in number for n in columns)
+    return heat_map(matrix, shown, columns, label="flow of labels: given (rows) to new (columns)")

@@ -1,0 +1,64 @@
+"""The registry: every system by its name, with the problem it solves, the data it needs, and its paper."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from contralto.errors import UsageError
+
+__all__ = ["SYSTEMS", "System", "get_system"]
+
+
+@dataclass(frozen=True)
+class System:
+    """An entry of the registry.
+
+    Attributes
+    ----------
+    name : str
+    problem : str
+        What it solves, in a few words.
+    data : str
+        What it needs.
+    paper : str
+    path : str
+        ``module:class``.
+    job : str
+        ``module:function`` of the job behind ``contralto fit``.
+    """
+
+    name: str
+    problem: str
+    data: str
+    paper: str
+    path: str
+    job: str
+
+
+SYSTEMS: dict[str, System] = {
+    s.name: s
+    for s in (
+        System(
+            name="capro",
+            problem="classifier, noise list and corrected labels from noisy web images",
+            data="images with a web label each, texts, class definitions; clean test labels if there are any",
+            paper="CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes, NeurIPS 2023, arXiv 2310.09761",
+            path="contralto.systems.webly.capro:CAPro",
+            job="contralto.pipelines.webly:fit_capro",
+        ),
+    )
+}
+
+
+def get_system(name: str) -> Any:
+    """The class of a system.
+
+    Examples
+    --------
+    >>> get_system("capro").__name__
+    'CAPro'
+    """
+    if name not in SYSTEMS:
+        raise UsageError(f"no system is called {name!r}: there are {', '.join(SYSTEMS)}")
+    module, _, attribute = SYSTEMS[name].path.partition(":")
+    return getattr(import_module(module), attribute)
