@@ -499,8 +499,11 @@ class Job:
             encoder = text_encoder(a["text_encoder"])
             classes = [class_text(c, a["class_text"]) for c in self.manifest.classes]
             encoder.fit([*texts, *classes])
-            key = {"encoder": encoder.fingerprint(), "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
-            rows = cached_array(self.cache, "text", key, lambda: encoder.encode(texts)).astype(np.float32)
+            different = sorted(set(texts))  # many pictures share a text; each is encoded once
+            key = {"encoder": encoder.fingerprint(), "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest()}
+            encoded = cached_array(self.cache, "text", key, lambda: encoder.encode(different))
+            place = {t: i for i, t in enumerate(different)}
+            rows = np.asarray(encoded[[place[t] for t in texts]], dtype=np.float32)
             rows[[not t.strip() for t in texts]] = 0.0
             if a["enhance"]:
                 index, distance = self._graph()

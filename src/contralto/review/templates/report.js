@@ -19,6 +19,7 @@
     e.setAttribute("aria-label", "picture " + items[i].id);
     return e;
   };
+  const percent = (v) => (100 * v).toFixed(0) + " %";
   const label = (x) => {
     const e = el("div", "label");
     e.append(el("bdi", "", x.g));
@@ -27,10 +28,10 @@
   };
   const badge = (x) => {
     const e = el("div", "badge");
-    e.append(el("i", "k-" + x.v), x.v + ", " + Math.round(100 * x.p) + " % wrong");
+    e.append(el("i", "k-" + x.v), x.v + ", wrong: " + percent(x.p));
     return e;
   };
-  const percent = (v) => (100 * v).toFixed(0) + " %";
+  
 
   const dialog = document.getElementById("detail"), body = document.getElementById("detail-body");
   const open = (i) => {

