@@ -75,7 +75,7 @@ def demo(*, out: Path = Path("runs/demo"), fast: bool = False, seed: int = 0, sh
 
     Args:
         out: Run folder.
-        fast: Under a minute: a small network and no pretrained models.
+        fast: Under a minute: smaller pictures, fewer epochs, TF-IDF texts.
         seed: Of everything that is drawn.
     """
     from contralto.pipelines.webly import fit_capro, load_preset
@@ -84,8 +84,8 @@ def demo(*, out: Path = Path("runs/demo"), fast: bool = False, seed: int = 0, sh
     arguments = load_preset("small") | {"group_column": "emoji", "seed": seed}
     if fast:
         arguments |= {
-            "image_encoder": "resnet8", "pretrained": False, "image_size": 24, "frozen_features": True, "feature_views": 1,
-            "text_encoder": "tfidf", "vanilla_epochs": 3, "epochs": 8, "finetune_epochs": 2, "hidden": 128,
+            "image_size": 48, "feature_views": 1, "text_encoder": "tfidf", "hidden": 128, "vanilla_epochs": 3, "epochs": 10,
+            "finetune_epochs": 2,
         }  # fmt: skip
     started = time.perf_counter()
     with resources.as_file(folder) as data:
@@ -431,7 +431,7 @@ def _parser(words: Sequence[str]) -> Any:
             sub.add_argument("--preset", type=str, default=None, help="webvision1k, google500 or small")
             _add_job_arguments(sub, words)
         elif name != "fit":
-            sub.add_function_arguments(function, skip={"show"}, as_group=False)
+            _add_arguments(sub, function, {"show"})
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         commands.add_subcommand(name, sub, help=told)
     return parser
@@ -443,12 +443,23 @@ def _add_job_arguments(sub: Any, words: Sequence[str]) -> None:
     from contralto.systems.webly.capro import CAPro
 
     job = {"data", "out", "progress", "system"}
-    sub.add_function_arguments(fit_capro, skip=job, as_group=False)
+    _add_arguments(sub, fit_capro, job)
     sub.add_class_arguments(CAPro, skip=_JOB_OWNED, as_group=False)
     known = set(inspect.signature(fit_capro).parameters) | set(inspect.signature(CAPro.__init__).parameters)
     preset = _named_preset(words)
     if preset is not None:
         sub.set_defaults({k: v for k, v in load_preset(preset).items() if k in known})
+
+
+def _add_arguments(sub: Any, function: Callable[..., Any], skip: set[str]) -> None:
+    """The parameters of a function; switches are `--name` and `--no_name`."""
+    from jsonargparse import ActionYesNo
+
+    parameters = inspect.signature(function).parameters
+    switches = {n: p.default for n, p in parameters.items() if p.annotation is bool and n not in skip}
+    sub.add_function_arguments(function, skip=skip | set(switches), as_group=False)
+    for name, default in switches.items():
+        sub.add_argument(f"--{name}", action=ActionYesNo, default=default)
 
 
 def _named_preset(argv: Sequence[str]) -> str | None:
