@@ -53,11 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"contralto: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\ncontralto: stopped. Everything finished is kept: the same command goes on from there.", file=sys.stderr)
+        print(
+            "\ncontralto: stopped. Everything finished is kept: the same command goes on from there.", file=sys.stderr
+        )
         return 130
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        print(f"contralto: {error.strerror or error}{place}. What was finished is kept: the same command goes on.", file=sys.stderr)
+        print(
+            f"contralto: {error.strerror or error}{place}. What was finished is kept: the same command goes on.",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -134,14 +139,21 @@ def inspect_(
 
     columns = {k: v for k, v in locals().items() if k.endswith("_column")}
     result = inspect_data(
-        data, definitions=definitions, blank_share=blank_share, min_side=min_side, allow_outside=allow_outside, **columns
+        data,
+        definitions=definitions,
+        blank_share=blank_share,
+        min_side=min_side,
+        allow_outside=allow_outside,
+        **columns,
     )
     if show:
         print_inspection(result)
     return result
 
 
-def fit(system: str, data: str, *, out: Path, preset: str | None = None, show: bool = True, **arguments: Any) -> dict[str, Any]:
+def fit(
+    system: str, data: str, *, out: Path, preset: str | None = None, show: bool = True, **arguments: Any
+) -> dict[str, Any]:
     """Train a system on data. Called again with the same arguments, it continues where it stopped.
 
     Args:
@@ -190,7 +202,9 @@ def evaluate(
     from contralto.systems.webly.model import load
 
     model = load(run)
-    manifest = ingest(data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False)
+    manifest = ingest(
+        data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
+    )
     clean = manifest.column("clean_label").astype(int)
     labels = np.where(clean >= 0, clean, np.where(clean == -2, manifest.labels, -1))
     number = {name: i for i, name in enumerate(model.classes)}
@@ -200,26 +214,36 @@ def evaluate(
     wanted = split if split is not None else "test" if "test" in splits else None
     rows = np.flatnonzero((labels >= 0) & ((splits == wanted) if wanted is not None else True))
     if len(rows) == 0:
-        raise DataError(f"no image has a label among the classes of the run ({', '.join(model.classes[:5])}, ...)", file=data)
+        raise DataError(
+            f"no image has a label among the classes of the run ({', '.join(model.classes[:5])}, ...)", file=data
+        )
     predictions = model.predict([_bytes_of(manifest, int(r)) for r in rows])
     predicted = predictions.probabilities.argmax(1)
     correct = (predicted == labels[rows]).astype(float)
     groups = manifest.column("group")[rows]
     top5 = np.argsort(-predictions.probabilities, axis=1)[:, :5]
-    result: dict[str, Any] = {"n": len(rows), "split": wanted, "top5": float((top5 == labels[rows][:, None]).any(1).mean())}
+    result: dict[str, Any] = {
+        "n": len(rows),
+        "split": wanted,
+        "top5": float((top5 == labels[rows][:, None]).any(1).mean()),
+    }
     for name, macro in (("accuracy", False), ("macro", True)):
         value = accuracy_interval(correct, labels[rows], groups=groups, macro=macro)
         result |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
     if show:
         table = _table("", "value", "95 % interval")
         for name, told in (("accuracy", "accuracy"), ("macro", "mean over classes")):
-            table.add_row(told, _percent(result[name]), f"{_percent(result[f'{name}_low'])} to {_percent(result[f'{name}_high'])}")
+            table.add_row(
+                told, _percent(result[name]), f"{_percent(result[f'{name}_low'])} to {_percent(result[f'{name}_high'])}"
+            )
         table.add_row("top 5", _percent(result["top5"]), "")
         _console().print(table)
     return result
 
 
-def predict(run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True) -> dict[str, Any]:
+def predict(
+    run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True
+) -> dict[str, Any]:
     """Classify images with a finished run; writes Parquet with id, label and confidence.
 
     Args:
@@ -248,7 +272,9 @@ def predict(run: Path, data: str, *, out: Path | None = None, image_column: str 
     return {"n": len(ids), "file": str(target)}
 
 
-def embed(run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True) -> dict[str, Any]:
+def embed(
+    run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True
+) -> dict[str, Any]:
     """Embed images in the space of a run's prototypes; writes Parquet with id and embedding.
 
     Args:
@@ -324,7 +350,13 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
 
 
 def reproduce(
-    system: str, *, out: Path = Path("results/claims"), data: str | None = None, seeds: int = 5, quick: bool = False, show: bool = True
+    system: str,
+    *,
+    out: Path = Path("results/claims"),
+    data: str | None = None,
+    seeds: int = 5,
+    quick: bool = False,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Run the claim of a system's paper as a paired experiment, and judge it.
 
@@ -341,11 +373,13 @@ def reproduce(
         raise UsageError(f"no claim of {system!r} can be run; there is: capro")
     result = reproduce_capro(out, data=data, seeds=seeds, quick=quick, progress=show)
     if show:
-        table = _table("data", "plain, mean over classes", "CAPro", "difference, 95 % interval", "verdict")
-        for name, r in result["data"].items():
-            d = r["difference"]
-            table.add_row(name, _percent(r["plain"]), _percent(r["capro"]), f"{_points(d['value'])} [{_points(d['low'])}, {_points(d['high'])}]", r["verdict"])
+        table = _table("data", "method", "baseline", "mean over classes", "ambiguous classes", "verdict")
+        for name, found in result["data"].items():
+            for c in found["comparisons"]:
+                shown = [_interval(c[key]) for key in ("macro", "macro_ambiguous")]
+                table.add_row(name, c["method"], c["baseline"], *shown, c["verdict"])
         _console().print(table)
+        _console().print("\n".join(f"{name}: {found['verdict']}" for name, found in result["data"].items()))
     return result
 
 
@@ -391,7 +425,9 @@ def doctor(*, show: bool = True) -> dict[str, Any]:
     if show:
         table = _table("", "")
         for key in ("contralto", "python", "torch", "device", "cores", "matmul_gflops", "CONTRALTO_DATA"):
-            table.add_row(key, str(result[key] if result[key] is not None else "not set (only tests and claims need it)"))
+            table.add_row(
+                key, str(result[key] if result[key] is not None else "not set (only tests and claims need it)")
+            )
         for name, (_, extra) in parts.items():
             table.add_row(name, "yes" if result["parts"][name] else f'missing: pip install "contralto[{extra}]"')
         _console().print(table)
@@ -513,21 +549,36 @@ def _print_summary(result: dict[str, Any], seconds: float) -> None:
     for key, told in (("plain", "plain training"), ("capro", "CAPro")):
         if key in result.get("test", {}):
             t = result["test"][key]
-            table.add_row(told, _percent(t["accuracy"]), _percent(t["macro"]), f"{_percent(t['macro_low'])} to {_percent(t['macro_high'])}")
+            table.add_row(
+                told,
+                _percent(t["accuracy"]),
+                _percent(t["macro"]),
+                f"{_percent(t['macro_low'])} to {_percent(t['macro_high'])}",
+            )
     if "difference" in result.get("test", {}):
         d = result["test"]["difference"]
-        table.add_row("difference", _points(d["accuracy"]), _points(d["macro"]), f"{_points(d['macro_low'])} to {_points(d['macro_high'])}")
+        table.add_row(
+            "difference",
+            _points(d["accuracy"]),
+            _points(d["macro"]),
+            f"{_points(d['macro_low'])} to {_points(d['macro_high'])}",
+        )
     console = _console()
     if "test" in result:
         console.print(table)
     if "noise" in result:
         n, a = result["noise"], result["anchors"]
+        quality = f"precision {_percent(n['precision'])}, recall {_percent(n['recall'])}"
         console.print(
-            f"list of wrong images: {n['flagged'] * n['n']:.0f} images, precision {_percent(n['precision'])}, recall {_percent(n['recall'])}; "
-            f"{a['count']} anchors, {_percent(a['precision'])} of them right", highlight=False,
-        )  # fmt: skip
+            f"list of wrong images: {n['flagged'] * n['n']:.0f} images, {quality}; "
+            f"{a['count']} anchors, {_percent(a['precision'])} of them right",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(", ".join(f"{n} {v}" for v, n in result["counts"].items()), highlight=False)
-    console.print(f"report: {result['report']}  ({seconds:.0f} s, {result['memory_gib']} GiB)", highlight=False, soft_wrap=True)
+    console.print(
+        f"report: {result['report']}  ({seconds:.0f} s, {result['memory_gib']} GiB)", highlight=False, soft_wrap=True
+    )
 
 
 def _console() -> Any:
@@ -544,6 +595,10 @@ def _table(*columns: str) -> Any:
 
 def _percent(x: float) -> str:
     return f"{100 * x:.1f} %"
+
+
+def _interval(v: dict[str, float]) -> str:
+    return f"{_points(v['value'])} [{_points(v['low'])}, {_points(v['high'])}]"
 
 
 def _points(x: float) -> str:

@@ -59,7 +59,9 @@ def slow_rerank(probe, gallery, k1, k2, weight):
 def test_rerank_equals_the_slow_reference(seed, k1, k2):
     rng = np.random.default_rng(seed)
     probe, gallery = unit(rng, 2, 5), unit(rng, 14, 5)
-    np.testing.assert_allclose(rerank(probe, gallery, k1=k1, k2=k2), slow_rerank(probe, gallery, k1, k2, 0.3), atol=1e-10)
+    np.testing.assert_allclose(
+        rerank(probe, gallery, k1=k1, k2=k2), slow_rerank(probe, gallery, k1, k2, 0.3), atol=1e-10
+    )
 
 
 def test_rerank_equals_the_official_code():

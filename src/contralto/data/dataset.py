@@ -73,10 +73,8 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        if self.share is None:
-            order = rng.permutation(self.size)
-        else:
-            order = rng.choice(self.size, self.size, p=self.share)
+        balanced = self.share is not None
+        order = rng.choice(self.size, self.size, p=self.share) if balanced else rng.permutation(self.size)
         ranks, rank = distributed.world_size(), distributed.rank()
         order = np.resize(order, len(self) * ranks)  # the last ranks start again at the front, so that all have as many
         yield from ((self.epoch, int(i)) for i in order[rank::ranks])

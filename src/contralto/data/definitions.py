@@ -13,7 +13,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,15 @@ import yaml
 from contralto.data.manifest import ClassInfo
 from contralto.errors import DataError, UsageError
 
-__all__ = ["ClassText", "Sense", "class_text", "fill_definitions", "find_senses", "load_definitions", "save_definitions"]
+__all__ = [
+    "ClassText",
+    "Sense",
+    "class_text",
+    "fill_definitions",
+    "find_senses",
+    "load_definitions",
+    "save_definitions",
+]
 
 ClassText = Literal["name+definition", "definition", "name"]
 MAX_BYTES = 64 * 2**20
@@ -68,7 +76,9 @@ def load_definitions(path: str | Path) -> tuple[ClassInfo, ...]:
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise DataError(f"is not valid {path.suffix or 'YAML'}: {str(error)[:200]}", file=str(path)) from error
     if isinstance(content, dict):
-        entries: list[Any] = [{"name": k, **v} if isinstance(v, dict) else {"name": k, "definition": v} for k, v in content.items()]
+        entries: list[Any] = [
+            {"name": k, **v} if isinstance(v, dict) else {"name": k, "definition": v} for k, v in content.items()
+        ]
     elif isinstance(content, list):
         entries = content
     else:
@@ -113,7 +123,11 @@ def find_senses(name: str, *, wordnet: str | Path | None = None) -> list[Sense]:
     folder = Path(wordnet) if wordnet is not None else Path(os.environ.get("CONTRALTO_DATA", "")) / "wordnet_nouns"
     if wordnet is not None and not (folder / "synsets.jsonl.gz").is_file():
         raise DataError("there is no synsets.jsonl.gz in this folder", file=str(folder))
-    lookups = [lambda: _nouns(str(folder)), lambda: _debian("/usr/share/wordnet"), _imagenet]
+    lookups: list[Callable[[], dict[str, tuple[Sense, ...]]]] = [
+        lambda: _nouns(str(folder)),
+        lambda: _debian("/usr/share/wordnet"),
+        _imagenet,
+    ]
     for lookup in lookups:
         table = lookup()
         for form in forms:
@@ -154,7 +168,9 @@ def class_text(info: ClassInfo, form: ClassText = "name+definition") -> str:
     """
     if form not in ("name+definition", "definition", "name"):
         raise UsageError(f'class_text must be "name+definition", "definition" or "name", got {form!r}')
-    parts = {"name+definition": (info.name, info.definition), "definition": (info.definition,), "name": (info.name,)}[form]
+    parts = {"name+definition": (info.name, info.definition), "definition": (info.definition,), "name": (info.name,)}[
+        form
+    ]
     return ". ".join(p for p in parts if p) or info.name
 
 
@@ -196,7 +212,7 @@ def _debian(folder: str) -> dict[str, tuple[Sense, ...]]:
         senses = []
         for offset in fields[-int(fields[2]) :]:
             entry = content[int(offset) : content.index(b"\n", int(offset))].decode()
-            gloss = entry.partition("|")[2].partition(';')[0].strip()
+            gloss = entry.partition("|")[2].partition(";")[0].strip()
             senses.append(Sense(f"n{offset}", gloss, "WordNet"))
         table[fields[0].replace("_", " ")] = tuple(senses)
     return table

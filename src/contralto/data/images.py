@@ -259,4 +259,4 @@ def duplicate_groups(
     _, component = connected_components(coo_array((np.ones(len(row)), (row, column)), shape=(n, n)), directed=False)
     first = np.full(component.max() + 1, n)
     np.minimum.at(first, component, np.arange(n))
-    return first[component].astype(np.int64)
+    return np.asarray(first[component], dtype=np.int64)

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from contralto.data.images import ImageError, decode_image, duplicate_groups, filter_reason, perceptual_hash, probe_image
+from contralto.data.images import (
+    ImageError,
+    decode_image,
+    duplicate_groups,
+    filter_reason,
+    perceptual_hash,
+    probe_image,
+)
 from contralto.data.manifest import MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, Manifest
 from contralto.data.sources import Record, read_records, root_of
 from contralto.errors import DataError
@@ -68,7 +75,9 @@ def find_columns(names: Iterable[str], given: Mapping[str, str | None]) -> dict[
             columns = [c.strip() for c in wanted.split(",")] if role == "text" else [wanted]
             missing = [c for c in columns if c not in there]
             if missing:
-                raise DataError(f"there is no column {missing[0]!r} for the {role}; the columns are {', '.join(there) or 'none'}")
+                raise DataError(
+                    f"there is no column {missing[0]!r} for the {role}; the columns are {', '.join(there) or 'none'}"
+                )
             found[role] = columns
         else:
             found[role] = [c for c in common if c in there][:1]
@@ -144,7 +153,13 @@ def ingest(
         if isinstance(result, str):
             reason, _, detail = result.partition("\t")
             skipped.append(
-                {"id": clean_name(record.id), "source": clean_name(record.source), "row": record.row, "reason": reason, "detail": detail}
+                {
+                    "id": clean_name(record.id),
+                    "source": clean_name(record.source),
+                    "row": record.row,
+                    "reason": reason,
+                    "detail": detail,
+                }
             )
         else:
             rows.append({"record": record, **result})
@@ -238,14 +253,16 @@ def _build(
     unknown = sorted({g for g in given if g is not None and g not in names})
     if unknown:
         raise DataError(
-            f"the given labels {', '.join(unknown[:5])} are not among the {len(classes)} classes of the definitions", file=address
+            f"the given labels {', '.join(unknown[:5])} are not among the {len(classes)} classes of the definitions",
+            file=address,
         )
     if not names:
         raise DataError("no given labels were found; name their column with --label_column", file=address)
     identities = _unique([clean_name(_value(r.fields, roles["id"]) if roles["id"] else r.id) for r in records])
     splits = [clean_name(_value(r.fields, roles["split"]) or "train") for r in records]
     texts = [
-        _CONTROL.sub("", ". ".join(_as_text(r.fields[c]) for c in roles["text"] if r.fields.get(c)))[:max_text] for r in records
+        _CONTROL.sub("", ". ".join(_as_text(r.fields[c]) for c in roles["text"] if r.fields.get(c)))[:max_text]
+        for r in records
     ]
     sha256 = np.array([r["sha256"] for r in rows])
     phash = np.array([r["phash"] for r in rows], dtype=np.uint64)

@@ -47,8 +47,12 @@ def inspect_data(data: str, *, definitions: Path | None = None, **options: Any) 
     words = [len(t.split()) for t in manifest.texts]
     reasons = Counter(manifest.skipped.column("reason").to_pylist())
     names = {r: [s["id"] for s in manifest.skipped.to_pylist() if s["reason"] == r][:3] for r in reasons}
-    warnings = [f"class {c.name!r} has only {n} training pictures" for c, n in zip(classes, counts, strict=True) if n < 10]
-    warnings += [f"class {c.name!r} has no definition: write one into a definitions file" for c in classes if not c.definition]
+    warnings = [
+        f"class {c.name!r} has only {n} training pictures" for c, n in zip(classes, counts, strict=True) if n < 10
+    ]
+    warnings += [
+        f"class {c.name!r} has no definition: write one into a definitions file" for c in classes if not c.definition
+    ]
     leaks = int(sum(g in tests for g in groups[training]))
     if leaks:
         warnings.append(f"{leaks} training pictures nearly repeat a test picture")
@@ -80,7 +84,10 @@ def inspect_data(data: str, *, definitions: Path | None = None, **options: Any) 
 def print_inspection(result: dict[str, Any]) -> None:
     """Show the result of `inspect_data` to a person."""
     console = Console(highlight=False)
-    console.print(f"{result['data']}: {result['form']}, {result['pictures']} pictures, read in {result['seconds']} s", markup=False)
+    console.print(
+        f"{result['data']}: {result['form']}, {result['pictures']} pictures, read in {result['seconds']} s",
+        markup=False,
+    )
     t, s = result["texts"], result["sizes"]
     told = {
         "splits": ", ".join(f"{k} {v}" for k, v in result["splits"].items()),

@@ -67,7 +67,13 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 SKIPPED_SCHEMA = pa.schema(
-    [("id", pa.string()), ("source", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
 )
 
 

@@ -71,12 +71,18 @@ def detect_form(address: str) -> str:
         raise DataError("there is no such file or folder", file=address)
     if fs.isfile(root):
         name = root.lower()
-        for form, suffixes in (("tar", (".tar",)), ("parquet", (".parquet",)), ("table", (".csv", ".jsonl", ".jsonl.gz"))):
+        for form, suffixes in (
+            ("tar", (".tar",)),
+            ("parquet", (".parquet",)),
+            ("table", (".csv", ".jsonl", ".jsonl.gz")),
+        ):
             if name.endswith(suffixes):
                 return form
         if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             raise DataError("a compressed tar has no random access: unpack it to a plain .tar first", file=address)
-        raise DataError("this kind of file is not known: expected .tar, .parquet, .csv, .jsonl, .jsonl.gz or a folder", file=address)
+        raise DataError(
+            "this kind of file is not known: expected .tar, .parquet, .csv, .jsonl, .jsonl.gz or a folder", file=address
+        )
     entries = fs.ls(root, detail=True)
     files = [e["name"].lower() for e in entries if e["type"] == "file"]
     folders = [posixpath.basename(e["name"].rstrip("/")) for e in entries if e["type"] == "directory"]
@@ -215,7 +221,9 @@ def _is_absolute(path: str) -> bool:
 def _files(fs: Any, root: str, suffixes: tuple[str, ...]) -> list[str]:
     if fs.isfile(root):
         return [root]
-    return sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "file" and e["name"].lower().endswith(suffixes))
+    return sorted(
+        e["name"] for e in fs.ls(root, detail=True) if e["type"] == "file" and e["name"].lower().endswith(suffixes)
+    )
 
 
 def _relative(path: str, root: str) -> str:
@@ -299,7 +307,9 @@ def _flat_folder(fs: Any, root: str, folder: str, deep: bool = False) -> Iterato
         stem = posixpath.splitext(path)[0]
         problem, fields = "", {}
         try:
-            texts = {s: _read_file(fs, stem + s, MAX_SIDE_FILE) for s in (".txt", ".json", ".cls") if stem + s in beside}
+            texts = {
+                s: _read_file(fs, stem + s, MAX_SIDE_FILE) for s in (".txt", ".json", ".cls") if stem + s in beside
+            }
             fields = _side_fields(texts, stem)
         except DataError as error:
             problem = str(error)
@@ -324,7 +334,9 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
             try:
                 member = archive.next()
             except tarfile.TarError as error:
-                yield Record(f"{source}/{key}", source, "tar", row=row, problem=f"broken tar after this member ({error})")
+                yield Record(
+                    f"{source}/{key}", source, "tar", row=row, problem=f"broken tar after this member ({error})"
+                )
                 break
             archive.members = []  # type: ignore[attr-defined]  # the headers of a long tar need not stay in memory
             if member is not None and not member.isdir():
@@ -359,7 +371,7 @@ def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarIn
         record.problem = f"is larger than {MAX_FILE} bytes"
         return record
     position = file.tell()
-    texts = {}
+    texts: dict[str, bytes] = {}
     for side in (".txt", ".json", ".cls"):
         if side in group:
             file.seek(group[side].offset_data)
@@ -398,9 +410,17 @@ def _image_column(schema: pa.Schema, wanted: str | None, path: str) -> str:
             raise DataError(f"has no column {wanted!r}; its columns are {', '.join(schema.names)}", file=path)
         return wanted
     candidates = [c for c in (*_BYTE_COLUMNS, *_PATH_COLUMNS) if c in schema.names]
-    binary = [c for c in candidates if pa.types.is_binary(schema.field(c).type) or pa.types.is_large_binary(schema.field(c).type) or pa.types.is_struct(schema.field(c).type)]
+    binary = [
+        c
+        for c in candidates
+        if pa.types.is_binary(schema.field(c).type)
+        or pa.types.is_large_binary(schema.field(c).type)
+        or pa.types.is_struct(schema.field(c).type)
+    ]
     if not candidates:
-        raise DataError(f"no column with images was found among {', '.join(schema.names)}; name it with --image_column", file=path)
+        raise DataError(
+            f"no column with images was found among {', '.join(schema.names)}; name it with --image_column", file=path
+        )
     return (binary or candidates)[0]
 
 
@@ -410,8 +430,7 @@ def _cell_record(
     if isinstance(picture, dict):
         picture = picture.get("bytes") if picture.get("bytes") is not None else picture.get("path")
     if isinstance(picture, str):
-        record = _named_picture(fs, base, picture, fields, row, allow_outside)
-        return record
+        return _named_picture(fs, base, picture, fields, row, allow_outside)
     record = Record(f"{source}#{row}", source, "parquet", column, row, fields=fields, row=row)
     if picture is None:
         record.problem = "no image in this row"
@@ -443,7 +462,7 @@ def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(text)
             try:
                 for row, fields in enumerate(reader):
-                    fields.pop(None, None)  # type: ignore[call-overload]
+                    fields.pop(None, None)
                     yield row, dict(fields)
             except csv.Error as error:
                 raise DataError(f"cannot be read as CSV ({error})", file=path, row=reader.line_num) from error

@@ -16,8 +16,10 @@ __all__ = ["clean_text", "clean_texts", "drop_even_words", "words_of"]
 MAX_CHARACTERS = 10_000
 _SUFFIX = re.compile(r"\.(?:jpe?g|png|gif)\b")
 _TAG = re.compile(r"<[^<>]{0,1000}>")
-_ADDRESS = re.compile(r"\S{0,200}(?:https?:|www\.)\S{0,500}|\S{0,200}\.(?:com|net|org|uk|de|info|co|io|ru|fr|it|jp|cn)\b\S{0,200}")
-_JOINT = re.compile(r"(?<=\w)[-'’](?=\w)")
+_ADDRESS = re.compile(
+    r"\S{0,200}(?:https?:|www\.)\S{0,500}|\S{0,200}\.(?:com|net|org|uk|de|info|co|io|ru|fr|it|jp|cn)\b\S{0,200}"
+)
+_JOINT = re.compile(r"(?<=\w)[-'\u2019](?=\w)")
 _DIGITS = re.compile(r"\d+")
 _WORD = re.compile(r"[^\W_]+")
 

@@ -1,0 +1,1 @@
+"""Image and text encoders behind one contract each; heads; features computed once."""

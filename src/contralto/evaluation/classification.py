@@ -83,7 +83,10 @@ def accuracy_interval(
     cell = group * num_classes + classes
     total = np.bincount(cell, minlength=group_count * num_classes).reshape(group_count, num_classes)
     right = np.stack(
-        [np.bincount(cell, row, minlength=group_count * num_classes).reshape(group_count, num_classes) for row in matrix]
+        [
+            np.bincount(cell, row, minlength=group_count * num_classes).reshape(group_count, num_classes)
+            for row in matrix
+        ]
     )
     rng = np.random.default_rng(seed)
     values = []

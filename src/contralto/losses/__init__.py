@@ -1,0 +1,1 @@
+"""Pure functions: tensors in, a scalar or a loss per sample out."""

@@ -137,7 +137,9 @@ def _dense_positives(positives: Tensor | TileFunction, logits: Tensor) -> Tensor
         return _tile(positives, logits).to(logits.dtype)
     if positives.dtype in (torch.int64, torch.int32):
         if positives.shape != logits.shape[:-1]:
-            raise UsageError(f"positives by column must be of shape {tuple(logits.shape[:-1])}, got {tuple(positives.shape)}")
+            raise UsageError(
+                f"positives by column must be of shape {tuple(logits.shape[:-1])}, got {tuple(positives.shape)}"
+            )
         columns = torch.arange(logits.shape[-1], device=logits.device)
         return (positives.unsqueeze(-1) == columns).to(logits.dtype)
     return positives.to(logits.dtype).expand_as(logits)

@@ -31,7 +31,8 @@ def momentum_update(target: nn.Module, source: nn.Module, decay: float) -> None:
     >>> a.weight.item()
     0.899999...
     """
-    targets, sources = list(target.parameters()), [p.detach() for p in source.parameters()]
+    targets: list[torch.Tensor] = list(target.parameters())
+    sources = [p.detach() for p in source.parameters()]
     if targets:
         torch._foreach_mul_(targets, decay)
         torch._foreach_add_(targets, sources, alpha=1 - decay)

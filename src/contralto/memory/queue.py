@@ -47,7 +47,9 @@ class Queue(nn.Module):
         """Write keys (N, D) over the oldest; a batch that would run past the end is written at the last places instead."""
         size, n = self.keys.shape[0], keys.shape[0]
         if n > size:
-            raise UsageError(f"a queue of {size} keys cannot take a batch of {n}: enlarge queue_size or take smaller batches")
+            raise UsageError(
+                f"a queue of {size} keys cannot take a batch of {n}: enlarge queue_size or take smaller batches"
+            )
         start = min(int(self.pointer), size - n)
         self.keys[start : start + n] = keys.to(self.keys.dtype)
         self.keys.copy_(F.normalize(self.keys, dim=1))

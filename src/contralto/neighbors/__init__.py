@@ -1,0 +1,1 @@
+"""Nearest neighbours, re-ranking, graphs, matching of texts."""

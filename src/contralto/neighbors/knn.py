@@ -10,7 +10,9 @@ __all__ = ["knn"]
 Array = npt.NDArray[np.float32]
 
 
-def knn(features: npt.ArrayLike, k: int, *, queries: npt.ArrayLike | None = None) -> tuple[Array, npt.NDArray[np.int64]]:
+def knn(
+    features: npt.ArrayLike, k: int, *, queries: npt.ArrayLike | None = None
+) -> tuple[Array, npt.NDArray[np.int64]]:
     """Exact k nearest neighbours by cosine (CAPro card 3.1).
 
     Parameters

@@ -82,7 +82,7 @@ def match_texts(
         raise UsageError(f'match must be "rerank", "cosine" or "discriminative", got {method!r}')
     T, K = _unit(texts), _unit(class_texts)
     similarity = T @ K.T  # (N, C)
-    probability = _probabilities(similarity, labels, empty=~T.any(1))
+    probability = _probabilities(similarity, labels, empty=np.asarray(~T.any(1)))
     valid = labels >= 0
     own = np.where(valid, labels, 0)
     rows = np.arange(len(labels))
@@ -174,4 +174,4 @@ def _probabilities(
     probability = np.exp(logits)
     probability /= probability.sum(1, keepdims=True)
     probability[empty] = 1 / classes
-    return probability.astype(np.float32)
+    return np.asarray(probability, dtype=np.float32)

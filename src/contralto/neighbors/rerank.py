@@ -169,9 +169,7 @@ def _local_distance(x: Tensor, probes: int, k1: int, k2: int, weight: float) -> 
         nearest = (rank < k2).to(x.dtype)
         V = nearest @ V / nearest.sum(2, keepdim=True)
     # f. Jaccard distance of the probes to the rest.
-    shared = torch.stack(
-        [torch.minimum(V[:, i, None], V[:, probes:]).sum(2) for i in range(probes)], 1
-    )
+    shared = torch.stack([torch.minimum(V[:, i, None], V[:, probes:]).sum(2) for i in range(probes)], 1)
     jaccard = 1 - shared / (2 - shared)
     # g. The mixture.
     mixed: Tensor = (1 - weight) * jaccard + weight * D[:, :probes, probes:]

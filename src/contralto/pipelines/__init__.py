@@ -1,0 +1,1 @@
+"""Jobs of several stages, as plain functions over a run folder."""

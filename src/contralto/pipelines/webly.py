@@ -15,7 +15,7 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata, resources
@@ -56,10 +56,15 @@ from contralto.systems.webly.model import WebClassifier
 from contralto.training.fit import fit_stage, write_atomically
 from contralto.views.image import EvalView, View, strong_view, view_generator, weak_view
 
-__all__ = ["PRESETS", "Job", "fit_capro", "load_preset"]
+__all__ = ["PRESETS", "Job", "environment", "fit_capro", "load_preset", "probability_wrong", "write_cleaned_csv"]
 
 PRESETS = ("webvision1k", "google500", "small")
-VERDICTS = {Verdict.KEPT: "kept", Verdict.CORRECTED: "corrected", Verdict.OFF_TOPIC: "off-topic", Verdict.ANCHOR: "anchor"}
+VERDICTS = {
+    Verdict.KEPT: "kept",
+    Verdict.CORRECTED: "corrected",
+    Verdict.OFF_TOPIC: "off-topic",
+    Verdict.ANCHOR: "anchor",
+}
 Array = npt.NDArray[Any]
 
 
@@ -229,6 +234,7 @@ class Job:
     arguments: dict[str, Any]
     progress: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, CAPro] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = set(inspect.signature(fit_capro).parameters) | set(inspect.signature(CAPro.__init__).parameters)
@@ -254,7 +260,7 @@ class Job:
     def claim(self) -> None:
         """Make the folder, or make sure that it holds the same job."""
         path = self.out / "config.json"
-        config = {
+        config: dict[str, Any] = {
             "system": "capro",
             "version": metadata.version("contralto"),
             "data": self.data,
@@ -274,7 +280,7 @@ class Job:
             raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_json("config.json", config)
-        self._write_json("environment.json", _environment())
+        self._write_json("environment.json", environment())
         if (self.out / "seconds.json").exists():
             self.seconds = json.loads((self.out / "seconds.json").read_text(encoding="utf-8"))
 
@@ -284,7 +290,7 @@ class Job:
 
     @contextmanager
     def _timed(self, name: str, told: str) -> Iterator[None]:
-        self.console.print(f"[bold]{name}[/bold]  {told}", highlight=False)
+        self.console.print(f"[bold]{name}[/bold]  {told}", highlight=False, soft_wrap=True)
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + round(time.perf_counter() - started, 2)
@@ -329,7 +335,8 @@ class Job:
         skipped, texts = self.manifest.skipped.num_rows, sum(bool(t.strip()) for t in self.manifest.texts)
         self.console.print(
             f"  {len(self.manifest)} pictures, {self.num_classes} classes, {texts} with text, {skipped} skipped; "
-            f"{len(self.train_rows)} to train on, {len(self.test_rows)} with clean test labels"
+            f"{len(self.train_rows)} to train on, {len(self.test_rows)} with clean test labels",
+            soft_wrap=True,
         )
         for key, value in scale_rule(len(self.train_rows), self.num_classes).items():
             if self.arguments[key] is None:
@@ -338,7 +345,9 @@ class Job:
         if queue < self.arguments["batch_size"] * self.arguments["devices"]:
             raise UsageError(f"queue_size {queue} is smaller than a batch of {self.arguments['batch_size']}")
         self._fingerprint = hashlib.sha256(
-            json.dumps([self.manifest.fingerprint(), self.arguments | {"cache": None}], sort_keys=True, default=str).encode()
+            json.dumps(
+                [self.manifest.fingerprint(), self.arguments | {"cache": None}], sort_keys=True, default=str
+            ).encode()
         ).hexdigest()[:16]
         return self.manifest
 
@@ -381,7 +390,12 @@ class Job:
             dataset = _Pictures(self.read_image, rows, view, 0, variant)
             loader = DataLoader(dataset, batch_size=64, num_workers=0)
             batches = track(
-                loader, f"  {told}", console=self.console, transient=True, disable=not self.progress, total=len(loader)
+                loader,
+                f"  {told}",
+                console=self.console,
+                transient=True,
+                disable=not (self.progress and self.console.is_terminal),
+                total=len(loader),
             )
             return encode_batches(encoder, batches, device=self._device())
 
@@ -447,7 +461,7 @@ class Job:
                 progress=self.progress,
                 trainer={k: a[k] for k in ("accelerator", "devices", "precision", "strategy")},
             )
-        self.modules = getattr(self, "modules", {}) | {stage: module}
+        self.modules[stage] = module
         return module
 
     def _loader(self, encoder: ImageEncoder, stage: Stage, rows: Array | None, labels: Array | None) -> DataLoader[Any]:
@@ -459,7 +473,12 @@ class Job:
         seed = a["seed"]
         if a["frozen_features"]:
             arrays = [
-                np.stack([self.features(encoder, self.train_rows, v, i, f"{n} view {i + 1}")[chosen] for i in range(a["feature_views"])])
+                np.stack(
+                    [
+                        self.features(encoder, self.train_rows, v, i, f"{n} view {i + 1}")[chosen]
+                        for i in range(a["feature_views"])
+                    ]
+                )
                 for v, n in zip(views, ("weak", "strong"), strict=False)
             ]
             dataset: Any = FeatureDataset(arrays, fields, seed=seed)
@@ -481,7 +500,9 @@ class Job:
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
             if self.arguments["frozen_features"]:
-                x = torch.from_numpy(self.features(encoder, self.train_rows, view, 0, "eval view")[part].astype(np.float32))
+                x = torch.from_numpy(
+                    self.features(encoder, self.train_rows, view, 0, "eval view")[part].astype(np.float32)
+                )
             else:
                 x = torch.stack([_Pictures(self.read_image, self.train_rows, view, 0, 0)[int(i)] for i in part])
             batch = {"views": [x], "label": torch.from_numpy(self.labels[part]), "index": torch.from_numpy(part)}
@@ -500,7 +521,10 @@ class Job:
             classes = [class_text(c, a["class_text"]) for c in self.manifest.classes]
             encoder.fit([*texts, *classes])
             different = sorted(set(texts))  # many pictures share a text; each is encoded once
-            key = {"encoder": encoder.fingerprint(), "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest()}
+            key = {
+                "encoder": encoder.fingerprint(),
+                "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest(),
+            }
             encoded = cached_array(self.cache, "text", key, lambda: encoder.encode(different))
             place = {t: i for i, t in enumerate(different)}
             rows = np.asarray(encoded[[place[t] for t in texts]], dtype=np.float32)
@@ -534,7 +558,8 @@ class Job:
         encoder = self._vanilla_encoder()
         features = self.features(encoder, self.train_rows, self._views(encoder)[0], 0, "eval view")
         key = {
-            "encoder": encoder.fingerprint(), "data": self.manifest.fingerprint(), "image_size": a["image_size"], "crop": a["crop"],
+            "encoder": encoder.fingerprint(), "data": self.manifest.fingerprint(),
+            "image_size": a["image_size"], "crop": a["crop"],
             **{k: a[k] for k in ("neighbours", "kept_neighbours", "use_rerank", "k1", "k2", "rerank_weight")},
         }  # fmt: skip
 
@@ -590,7 +615,7 @@ class Job:
             table = self._cleaned_table(s, verdict)
             write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
             write_cleaned_csv(table, self.out / "cleaned.csv")
-            self._save_map(s["embedding"])
+            self.embedding = s["embedding"]
         return table
 
     def _cleaned_table(self, s: dict[str, Array], verdict: Array) -> pa.Table:
@@ -616,20 +641,25 @@ class Job:
                 "text_match": m.probability[rows, given],
                 "text_rank": m.rank,
                 "nearest_prototypes": [names[n].tolist() for n in nearest],
-                "nearest_similarities": [similarity[i, n].astype(float).round(4).tolist() for i, n in enumerate(nearest)],
-                "p_wrong": probability_wrong(s, self.labels, self.anchors, m.probability).astype(np.float32),
+                "nearest_similarities": [
+                    similarity[i, n].astype(float).round(4).tolist() for i, n in enumerate(nearest)
+                ],
+                "p_wrong": probability_wrong(s, self.labels).astype(np.float32),
             }
         )
 
-    def _save_map(self, embedding: Array) -> None:
+    def draw_map(self) -> None:
         """Two-dimensional map of at most 3,000 pictures and the prototypes, by t-SNE."""
         from sklearn.manifold import TSNE
 
+        embedding = self.embedding
         rng = np.random.default_rng([self.arguments["seed"], 2])
         rows = np.sort(rng.permutation(len(embedding))[:3000])
         points = np.concatenate([embedding[rows], self.modules["capro"].prototypes.cpu().numpy()])
         perplexity = min(30.0, (len(points) - 1) / 3)
-        xy = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0, method="barnes_hut").fit_transform(points)
+        xy = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0, method="barnes_hut").fit_transform(
+            points
+        )
         index = np.concatenate([self.train_rows[rows], -1 - np.arange(self.num_classes)])
         table = pa.table({"index": index, "x": xy[:, 0].astype(np.float32), "y": xy[:, 1].astype(np.float32)})
         write_atomically(self.out / "map.parquet", lambda path: pq.write_table(table, path))
@@ -643,7 +673,7 @@ class Job:
         config = {
             "encoder": a["image_encoder"], "num_features": encoder.num_features, "size": size, "crop": a["crop"],
             "mean": list(encoder.mean), "std": list(encoder.std), "classes": self.manifest.class_names,
-            "hidden": a["hidden"] if "hidden" in a else 2048, "dim": a["dim"], "temperature": a["temperature"],
+            "hidden": a["hidden"], "dim": a["dim"], "temperature": a["temperature"],
         }  # fmt: skip
         model = WebClassifier(config, encoder)
         model.classifier.load_state_dict(final.classifier.state_dict())
@@ -664,7 +694,9 @@ class Job:
             clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
             if (clean != -2).any():
                 flagged = np.isin(verdicts, ["corrected", "off-topic"])
-                metrics["noise"] = noise_metrics(self.labels, clean, self.new_labels, flagged, table.column("p_wrong").to_numpy())
+                metrics["noise"] = noise_metrics(
+                    self.labels, clean, self.new_labels, flagged, table.column("p_wrong").to_numpy()
+                )
                 right = (self.labels == clean)[self.anchors & (clean != -2)]
                 metrics["anchors"] = {"count": int(self.anchors.sum()), "precision": float(right.mean())}
         metrics["time"] = self.seconds
@@ -716,15 +748,48 @@ class Job:
         """Write `report.html`."""
         from contralto.review.report import write_report
 
-        with self._timed("report", "writing"):
+        with self._timed("report", "map and page"):
+            self.draw_map()
             return write_report(self.out, read_image=self.read_image)
 
 
-def probability_wrong(
-    scores: Mapping[str, Array], labels: Array, anchors: Array, text_probability: Array
-) -> npt.NDArray[np.float64]:
-    """Probability that each given label is wrong."""
-    return 1 - scores["fused"][np.arange(len(labels)), labels].astype(np.float64)
+def probability_wrong(scores: Mapping[str, Array], labels: Array) -> npt.NDArray[np.float64]:
+    """Probability that each given label is wrong, estimated without any clean label.
+
+    The mean of two estimates that err in opposite directions: one minus the fused score of the given class, which is too
+    sure of itself where classes are alike, and the posterior of the lower part of a mixture of two normals fitted to the
+    logit of that score, which is too timid where few labels are wrong. Made monotone in the score.
+
+    Parameters
+    ----------
+    scores : mapping
+        With `fused` (N, C) in [0, 1].
+    labels : array (N,)
+        Given labels.
+
+    Returns
+    -------
+    array (N,) in [0, 1]
+
+    Examples
+    --------
+    >>> fused = np.array([[0.9, 0.1]] * 20 + [[0.1, 0.9]] * 20)
+    >>> p = probability_wrong({"fused": fused}, np.zeros(40, int))
+    >>> bool(p[0] < 0.2), bool(p[-1] > 0.8)
+    (True, True)
+    """
+    from sklearn.mixture import GaussianMixture
+
+    given = scores["fused"][np.arange(len(labels)), labels].astype(np.float64).clip(1e-4, 1 - 1e-4)
+    logit = np.log(given / (1 - given))[:, None]
+    if len(np.unique(given)) < 2:
+        return 1 - given
+    mixture = GaussianMixture(2, means_init=np.quantile(logit, [0.1, 0.9])[:, None], random_state=0).fit(logit)
+    posterior = mixture.predict_proba(logit)[:, int(np.argmin(mixture.means_))]
+    mean = (1 - given + posterior) / 2
+    order = np.argsort(given, kind="stable")
+    mean[order] = np.minimum.accumulate(mean[order])
+    return np.asarray(mean)
 
 
 def write_cleaned_csv(table: pa.Table, path: Path) -> None:
@@ -743,7 +808,7 @@ def _no_formula(cell: str) -> str:
 
 
 def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]:
-    out = {}
+    out: dict[str, float] = {}
     for name, macro in (("accuracy", False), ("macro", True)):
         value, low, high = accuracy_interval(correct, labels, groups=groups, macro=macro)
         out |= {name: value, f"{name}_low": low, f"{name}_high": high}
@@ -780,12 +845,29 @@ def _default(name: str) -> Any:
 
 
 def _system_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    names = set(inspect.signature(CAPro.__init__).parameters) - {"self", "encoder", "num_classes", "num_features", "stage"}
+    names = set(inspect.signature(CAPro.__init__).parameters) - {
+        "self",
+        "encoder",
+        "num_classes",
+        "num_features",
+        "stage",
+    }
     return {k: v for k, v in arguments.items() if k in names}
 
 
-def _environment() -> dict[str, Any]:
-    packages = ("contralto", "torch", "torchvision", "lightning", "timm", "faiss-cpu", "numpy", "scikit-learn", "pyarrow")
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    packages = (
+        "contralto",
+        "torch",
+        "torchvision",
+        "lightning",
+        "timm",
+        "faiss-cpu",
+        "numpy",
+        "scikit-learn",
+        "pyarrow",
+    )
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -1,0 +1,1 @@
+"""Class centres and what is done with them: estimate, update, assign, correct labels."""

@@ -56,7 +56,9 @@ def curve(
     for value, anchor, x in ((x0, "start", left), (x1, "end", right)):
         told = f"{value:.0%}" if share else f"{value:.4g}"
         parts.append(f'<text class="tick" x="{x}" y="{bottom + 13}" text-anchor="{anchor}">{told}</text>')
-    parts.append(f'<text class="tick" x="{(left + right) / 2}" y="{bottom + 22}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="tick" x="{(left + right) / 2}" y="{bottom + 22}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     return _svg(width, height, "".join(parts), label)
 
 
@@ -99,9 +101,13 @@ def heat_map(matrix: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequ
     parts = []
     for j, name in enumerate(columns):
         x = left + j * cell + 14
-        parts.append(f'<text class="tick" x="{x}" y="{top - 6}" transform="rotate(-50 {x} {top - 6})">{escape(name[:18])}</text>')
+        parts.append(
+            f'<text class="tick" x="{x}" y="{top - 6}" transform="rotate(-50 {x} {top - 6})">{escape(name[:18])}</text>'
+        )
     for i, name in enumerate(rows):
-        parts.append(f'<text class="tick" x="{left - 6}" y="{top + i * cell + 14}" text-anchor="end">{escape(name[:20])}</text>')
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{top + i * cell + 14}" text-anchor="end">{escape(name[:20])}</text>'
+        )
         for j, value in enumerate(matrix[i]):
             strength = 0.0 if value == 0 else 0.12 + 0.88 * (value / most) ** 0.5
             parts.append(
@@ -113,7 +119,10 @@ def heat_map(matrix: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequ
 
 
 def scatter(
-    points: Sequence[tuple[float, float, int, str]], prototypes: Sequence[tuple[float, float, int, str]], *, size: int = 640
+    points: Sequence[tuple[float, float, int, str]],
+    prototypes: Sequence[tuple[float, float, int, str]],
+    *,
+    size: int = 640,
 ) -> str:
     """A map: points (x, y, colour number, verdict) as dots, prototypes as ringed dots with their names.
 
@@ -138,6 +147,8 @@ def scatter(
         )
     for x, y, colour, name in prototypes:
         px, py = place(x, y)
-        parts.append(f'<circle class="proto c{colour % 12}" cx="{px:.0f}" cy="{py:.0f}" r="6"><title>{escape(name)}</title></circle>')
+        parts.append(
+            f'<circle class="proto c{colour % 12}" cx="{px:.0f}" cy="{py:.0f}" r="6"><title>{escape(name)}</title></circle>'
+        )
         parts.append(f'<text class="proto-name" x="{px + 9:.0f}" y="{py + 4:.0f}">{escape(name[:24])}</text>')
     return _svg(size, size, "".join(parts), "map of the training images with the prototypes of the classes")

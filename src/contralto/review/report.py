@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
@@ -75,7 +76,10 @@ def write_report(
     rows = pq.read_table(run / "cleaned.parquet").to_pylist()
     clean = manifest.column("clean_label").astype(int)
     known = bool((clean[[r["index"] for r in rows]] != -2).any())
-    parts = {name: resources.files("contralto.review").joinpath(f"templates/{name}").read_text("utf-8") for name in ("report.css", "report.js")}
+    parts = {
+        name: resources.files("contralto.review").joinpath(f"templates/{name}").read_text("utf-8")
+        for name in ("report.css", "report.js")
+    }
     page = {
         "style": parts["report.css"],
         "script": parts["report.js"],
@@ -97,11 +101,19 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = lambda x, digits=1: "–" if x is None or x != x else f"{100 * x:.{digits}f} %"
-    template = environment.from_string(resources.files("contralto.review").joinpath("templates/report.html.j2").read_text("utf-8"))
+    environment.filters["percent"] = lambda x, digits=1: "\u2013" if x is None or x != x else f"{100 * x:.{digits}f} %"
+    template = environment.from_string(
+        resources.files("contralto.review").joinpath("templates/report.html.j2").read_text("utf-8")
+    )
     fixed = len(template.render(page, items="", sheets=[], thumbnail=thumbnail, left_out=0).encode())
     items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, max_bytes - fixed - 200_000)
-    html = template.render(page, items=jinja2.utils.markupsafe.Markup(_safe_json(items)), sheets=sheets, thumbnail=size, left_out=left_out)
+    html = template.render(
+        page,
+        items=markupsafe.Markup(_safe_json(items)),  # noqa: S704 (escaped by _safe_json)
+        sheets=sheets,
+        thumbnail=size,
+        left_out=left_out,
+    )
     target = Path(out) if out is not None else run / "report.html"
     target.write_text(html, encoding="utf-8")
     return target
@@ -221,13 +233,17 @@ def _accuracy_chart(run: Path, manifest: Manifest) -> str:
     table = pq.read_table(path)
     labels, count = table.column("label").to_numpy(), len(manifest.classes)
     ours = per_class_accuracy(labels, table.column("predicted").to_numpy(), count)
-    plain = per_class_accuracy(labels, table.column("plain").to_numpy(), count) if "plain" in table.column_names else None
+    plain = (
+        per_class_accuracy(labels, table.column("plain").to_numpy(), count) if "plain" in table.column_names else None
+    )
     order = [int(i) for i in np.argsort(ours) if not np.isnan(ours[i])]
     rows = [(manifest.class_names[i], None if plain is None else float(plain[i]), float(ours[i])) for i in order]
     return bar_pairs(rows, names=("plain training", "CAPro"))
 
 
-def _coverage(rows: list[dict[str, Any]], clean: npt.NDArray[np.int64], names: list[str], known: bool) -> dict[str, Any]:
+def _coverage(
+    rows: list[dict[str, Any]], clean: npt.NDArray[np.int64], names: list[str], known: bool
+) -> dict[str, Any]:
     p = np.array([r["p_wrong"] for r in rows])
     wrong = None
     if known:
@@ -236,16 +252,14 @@ def _coverage(rows: list[dict[str, Any]], clean: npt.NDArray[np.int64], names: l
     series = []
     x, y = risk_coverage(p)
     step = max(1, len(x) // 200)
-    targets = []
     if wrong is not None:
         x, truth = risk_coverage(p, wrong)
         series.append(("measured", list(zip(x[::step].tolist(), truth[::step].tolist(), strict=True))))
         y = truth
     else:
         series.append(("estimated", list(zip(x[::step].tolist(), y[::step].tolist(), strict=True))))
-    for target in (0.8, 0.9, 0.95, 0.99):
-        if y[0] < target:
-            targets.append((target, float(x[int(np.argmax(y >= target - 1e-12))])))
+    wanted = [t for t in (0.8, 0.9, 0.95, 0.99) if y[0] < t]
+    targets = [(t, float(x[int(np.argmax(y >= t - 1e-12))])) for t in wanted]
     return {
         "chart": curve(series, label="share of right labels after looking at the most suspicious", percent=True,
                        x_label="share of images looked at", width=420, height=220),
@@ -269,8 +283,8 @@ def _map_chart(run: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str
     return scatter(points, prototypes)
 
 
-def _curve_charts(run: Path) -> list[dict[str, str]]:
-    charts = []
+def _curve_charts(run: Path) -> list[dict[str, Any]]:
+    charts: list[dict[str, Any]] = []
     for stage in ("plain", "vanilla", "capro", "finetune"):
         path = run / "stages" / stage / "metrics.jsonl"
         if not path.exists():
@@ -282,7 +296,13 @@ def _curve_charts(run: Path) -> list[dict[str, str]]:
             series = [s for s in series if s[1]]
             if series:
                 told = [(n.removeprefix("loss_"), f"s{i % 8}") for i, (n, _) in enumerate(series)]
-                charts.append({"title": f"{stage}: {title}", "svg": curve(series, label=f"{stage} {title}", percent=percent, x_label="epoch"), "legend": told})  # type: ignore[dict-item]
+                charts.append(
+                    {
+                        "title": f"{stage}: {title}",
+                        "svg": curve(series, label=f"{stage} {title}", percent=percent, x_label="epoch"),
+                        "legend": told,
+                    }
+                )
     return charts
 
 
@@ -291,7 +311,7 @@ def _flow_chart(rows: list[dict[str, Any]], names: list[str]) -> str:
     if not flow:
         return ""
     number = {n: i for i, n in enumerate([*names, "off-topic"])}
-    given = Counter({n: 0 for n in names})
+    given = Counter(dict.fromkeys(names, 0))
     for (a, _), n in flow.items():
         given[a] += n
     shown = [n for n, c in given.most_common(40) if c]

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -29,7 +31,7 @@ __all__ = ["fit_stage", "write_atomically"]
 
 def fit_stage(
     module: LightningModule,
-    loader: DataLoader[Any],
+    loader: DataLoader[Any] | None,
     folder: str | Path,
     *,
     epochs: int,
@@ -42,8 +44,9 @@ def fit_stage(
     Parameters
     ----------
     module : LightningModule
-    loader : DataLoader
+    loader : DataLoader, optional
         Its order and randomness must be functions of (seed, epoch), as those of `contralto.data.dataset` are.
+        None is enough for a finished training.
     folder : path
         Belongs to this training alone.
     epochs : int
@@ -71,6 +74,8 @@ def fit_stage(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, fingerprint)
     if not (folder / "done.json").exists():
+        if loader is None:
+            raise UsageError(f"the training in {folder} is not finished: it needs its data")
         started = time.perf_counter()
         _train(module, loader, folder, epochs, progress, dict(trainer or {}))
         if distributed.is_main():
@@ -128,11 +133,12 @@ def _train(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=DeprecationWarning)
         trainer = Trainer(
             max_epochs=epochs,
             callbacks=callbacks,
             logger=False,
-            enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
             use_distributed_sampler=False,
@@ -147,8 +153,11 @@ def _train(
         raise KeyboardInterrupt
 
 
-class _Epochs(Callback):
-    """After every epoch: a line of metrics, a check of the loss, a checkpoint that replaces the last one whole."""
+class _Epochs(Checkpoint):
+    """After every epoch: a line of metrics, a check of the loss, a checkpoint that replaces the last one whole.
+
+    A `Checkpoint`, because those run after the module has logged its epoch.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -177,8 +186,15 @@ class _Bar(Callback):
 
     def __init__(self, name: str, epochs: int) -> None:
         self.name, self.epochs = name, epochs
+        console = Console(stderr=True)
         self.progress = Progress(
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

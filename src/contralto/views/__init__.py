@@ -1,0 +1,1 @@
+"""How positives are made: random views that are functions of (seed, epoch, sample, view)."""

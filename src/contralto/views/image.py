@@ -4,6 +4,7 @@ The same (seed, epoch, sample index, view) gives the same pixels in any process,
 `view_generator` makes the generator, a `View` draws from it.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +122,9 @@ def _crop(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     # As torchvision's RandomResizedCrop: ten tries, then the largest centred crop within the ratio.
-    for area, log_ratio in zip(rng.uniform(*scale, 10), rng.uniform(*np.log(ratio), 10), strict=True):
+    for area, log_ratio in zip(
+        rng.uniform(*scale, 10), rng.uniform(math.log(ratio[0]), math.log(ratio[1]), 10), strict=True
+    ):
         w = round(float(np.sqrt(height * width * area * np.exp(log_ratio))))
         h = round(float(np.sqrt(height * width * area / np.exp(log_ratio))))
         if 0 < w <= width and 0 < h <= height:

@@ -1,0 +1,1 @@
+"""Classifiers from noisy web images."""

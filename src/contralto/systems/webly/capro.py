@@ -155,7 +155,9 @@ class CAPro(LightningModule):
     ) -> None:
         super().__init__()
         if momentum_prototype is None or queue_size is None:
-            raise UsageError("momentum_prototype and queue_size must be numbers here: scale_rule gives them from the data")
+            raise UsageError(
+                "momentum_prototype and queue_size must be numbers here: scale_rule gives them from the data"
+            )
         _check(stage, num_classes, threshold, alpha, beta, text_weight, temperature, label_reference)
         self.save_hyperparameters(ignore=["encoder"])
         with torch.random.fork_rng(devices=[]):
@@ -168,6 +170,7 @@ class CAPro(LightningModule):
             self.auxiliary = nn.Linear(dim, num_classes, bias=False)
         self.queue = Queue(queue_size, dim, seed=seed)
         self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+        self._parts: list[dict[str, Tensor]] = []
         # Set by the training job: yields the views and labels of the anchors, for 4.5.
         self.anchor_batches: Any = None
 
@@ -188,7 +191,7 @@ class CAPro(LightningModule):
         dict
             `loss` and its parts; with cleaning also `kept` and `corrected`, shares of the batch.
         """
-        h = self.hparams
+        h = self.arguments
         if h.stage == "plain":
             logits = self.classifier(self.encoder(batch["views"][0]))
             loss = (batch["weight"] * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
@@ -263,7 +266,7 @@ class CAPro(LightningModule):
         return out
 
     def _bootstrap(self, z: Tensor) -> Tensor:
-        h = self.hparams
+        h = self.arguments
         with torch.no_grad():
             keys = self.queue.read().to(z.dtype)
             votes = h.alpha * self.auxiliary(keys).softmax(1) + (1 - h.alpha) * prototype_logits(
@@ -273,10 +276,10 @@ class CAPro(LightningModule):
 
     @torch.no_grad()
     def _fused_scores(self, logits: Tensor, z: Tensor, prototypes: Tensor, text_scores: Tensor | None) -> Tensor:
-        """r of card 5.6; with `text_weight` the text has its say."""
-        h = self.hparams
+        """The scores r of card 5.6; with `text_weight` the text has its say."""
+        h = self.arguments
         near = prototype_logits(z, prototypes.to(z.dtype), h.temperature).softmax(1)
-        fused = h.alpha * logits.softmax(1) + (1 - h.alpha) * near
+        fused: Tensor = h.alpha * logits.softmax(1) + (1 - h.alpha) * near
         if h.text_weight > 0 and text_scores is not None:
             fused = (1 - h.text_weight) * fused + h.text_weight * text_scores
         return fused
@@ -286,8 +289,8 @@ class CAPro(LightningModule):
             fused,
             batch["label"],
             batch["anchor"],
-            threshold=self.hparams.threshold,
-            keep_threshold=self.hparams.keep_threshold,
+            threshold=self.arguments.threshold,
+            keep_threshold=self.arguments.keep_threshold,
         )
 
     def _classification(
@@ -303,7 +306,7 @@ class CAPro(LightningModule):
         bootstrap: Tensor | None,
     ) -> dict[str, Tensor]:
         """Both heads: hard label on one, (1 - beta) hard + beta soft on the other, by `label_reference`."""
-        mode, beta = self.hparams.label_reference, self.hparams.beta
+        mode, beta = self.arguments.label_reference, self.arguments.beta
         hard = F.cross_entropy(logits, label, reduction="none")
         hard_aux = F.cross_entropy(aux, label, reduction="none")
         if mode in (7, 10):
@@ -321,7 +324,7 @@ class CAPro(LightningModule):
             elif mode == 5:
                 target = _neighbour_target(v, logits)
             elif mode == 6:
-                target = prototype_logits(z, prototypes.to(z.dtype), self.hparams.temperature).softmax(1)
+                target = prototype_logits(z, prototypes.to(z.dtype), self.arguments.temperature).softmax(1)
             elif mode == 8:
                 target = aux.softmax(1)
             else:
@@ -332,8 +335,8 @@ class CAPro(LightningModule):
 
     def _mixup(self, x: Tensor, label: Tensor, epoch: int, batch_idx: int) -> Tensor:
         """Card 6.2: one Beta draw per batch, inputs and losses mixed; the draw is a function of (seed, epoch, batch)."""
-        rng = np.random.default_rng([self.hparams.seed, epoch, batch_idx])
-        share = float(rng.beta(self.hparams.mixup, self.hparams.mixup))
+        rng = np.random.default_rng([self.arguments.seed, epoch, batch_idx])
+        share = float(rng.beta(self.arguments.mixup, self.arguments.mixup))
         order = torch.from_numpy(rng.permutation(len(x))).to(x.device)
         logits = self.classifier(self.encoder(share * x + (1 - share) * x[order]))
         return share * F.cross_entropy(logits, label) + (1 - share) * F.cross_entropy(logits, label[order])
@@ -341,17 +344,30 @@ class CAPro(LightningModule):
     # What the trainer calls.
 
     @property
+    def arguments(self) -> Any:
+        """The arguments of the constructor, saved with every checkpoint."""
+        return self.hparams
+
+    @property
     def num_epochs(self) -> int:
         """Epochs of this stage."""
-        return stage_epochs(self.hparams, self.hparams.stage)
+        return stage_epochs(self.arguments, self.arguments.stage)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step; its losses are kept for the log of the epoch."""
         out = self.step(batch, self.current_epoch, batch_idx)
-        self.log_dict({k: v.detach() for k, v in out.items()}, on_step=False, on_epoch=True, batch_size=len(batch["label"]))
+        self._parts.append({k: v.detach() for k, v in out.items()})
         return out["loss"]
 
+    def on_train_epoch_end(self) -> None:
+        """Log the mean of every loss over the steps that had it; once an epoch, because logging costs more than a step."""
+        keys = dict.fromkeys(k for part in self._parts for k in part)
+        self.log_dict({k: torch.stack([p[k] for p in self._parts if k in p]).mean() for k in keys}, sync_dist=True)
+        self._parts.clear()
+
     def on_train_epoch_start(self) -> None:
-        h, epoch = self.hparams, self.current_epoch
+        """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""
+        h, epoch = self.arguments, self.current_epoch
         rate, warmup = self._rate_and_warmup()
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
@@ -367,11 +383,14 @@ class CAPro(LightningModule):
             self.init_prototypes()
 
     def configure_optimizers(self) -> Any:
+        """SGD on all but the momentum encoder."""
         trained = [p for name, p in self.named_parameters() if not name.startswith("momentum_encoder.")]
-        return torch.optim.SGD(trained, lr=self._rate_and_warmup()[0], momentum=0.9, weight_decay=self.hparams.weight_decay)
+        return torch.optim.SGD(
+            trained, lr=self._rate_and_warmup()[0], momentum=0.9, weight_decay=self.arguments.weight_decay
+        )
 
     def _rate_and_warmup(self) -> tuple[float, int]:
-        h = self.hparams
+        h = self.arguments
         if h.stage == "finetune":
             return h.finetune_lr, 0
         return (h.lr, h.warmup_epochs) if h.stage == "capro" else (h.vanilla_lr, h.vanilla_warmup_epochs)
@@ -392,7 +411,8 @@ class CAPro(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class probabilities (B, C) of the classifier, all that is used at inference (card 5.10)."""
-        return self.classifier(self.encoder(x)).softmax(1)
+        probabilities: Tensor = self.classifier(self.encoder(x)).softmax(1)
+        return probabilities
 
     @torch.no_grad()
     def score(self, x: Tensor, text_scores: Tensor | None = None) -> dict[str, Tensor]:
@@ -409,7 +429,7 @@ class CAPro(LightningModule):
         return {
             "classifier": logits.softmax(1),
             "auxiliary": self.auxiliary(F.normalize(z, dim=1)).softmax(1),
-            "prototype": prototype_logits(z, self.prototypes.to(z.dtype), self.hparams.temperature).softmax(1),
+            "prototype": prototype_logits(z, self.prototypes.to(z.dtype), self.arguments.temperature).softmax(1),
             "fused": self._fused_scores(logits, z, self.prototypes, text_scores),
             "embedding": z,
         }

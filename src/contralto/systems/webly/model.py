@@ -126,7 +126,9 @@ class WebClassifier(nn.Module):
         """Write `config.json`, `model.safetensors` and the model card into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
+        )
         (folder / "config.json").write_text(json.dumps(self.config, indent=1, ensure_ascii=False), encoding="utf-8")
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -175,7 +177,9 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
     folder = Path(folder)
     folder = folder / "model" if (folder / "model").is_dir() else folder
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise DataError("there is no model here (config.json and model.safetensors); is the run finished?", file=str(folder))
+        raise DataError(
+            "there is no model here (config.json and model.safetensors); is the run finished?", file=str(folder)
+        )
     model = WebClassifier(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().to(device)
