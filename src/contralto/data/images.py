@@ -127,7 +127,7 @@ def decode_image(
             warnings.simplefilter("ignore")  # notes on metadata; what matters raises
             image.load()
             image = ImageOps.exif_transpose(image)
-        return np.asarray(_to_rgb(image), dtype=np.uint8)
+        return np.array(_to_rgb(image), dtype=np.uint8)  # a copy: torch wants writable memory
     except ImageError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:

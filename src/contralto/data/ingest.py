@@ -248,7 +248,7 @@ def _build(
     if classes is None:
         classes = [ClassInfo(name, (name,)) for name in sorted({g for g in given if g is not None})]
     names = {c.name: i for i, c in enumerate(classes)}
-    if all(g is None or (g.isdigit() and int(g) < len(classes)) for g in given) and not names.keys() & set(given):
+    if all(g is None or g.isdigit() for g in given) and not names.keys() & set(given):  # numbers of the classes
         names |= {str(i): i for i in range(len(classes))}
     unknown = sorted({g for g in given if g is not None and g not in names})
     if unknown:

@@ -29,14 +29,13 @@ column                  type       meaning
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from contralto.errors import DataError
@@ -144,21 +143,6 @@ class Manifest:
     def column(self, name: str) -> npt.NDArray[Any]:
         """One column as a NumPy array (N,)."""
         return np.asarray(self.table.column(name).to_numpy(zero_copy_only=False))
-
-    def select(self, mask: npt.NDArray[np.bool_]) -> "Manifest":
-        """The rows where `mask` (N,) is true; `index` is counted anew from 0, the duplicate groups with it."""
-        kept = np.flatnonzero(mask)
-        groups = self.column("duplicate_group")[kept]
-        _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-        table = self.table.take(pa.array(kept))
-        for name, values in (("index", np.arange(len(kept))), ("duplicate_group", first[inverse])):
-            column = pa.array(values.astype(np.int64))
-            table = table.set_column(table.schema.get_field_index(name), name, column)
-        return replace(self, table=table)
-
-    def split(self, name: str) -> "Manifest":
-        """The rows of one split."""
-        return self.select(np.asarray(pc.equal(self.table.column("split"), name)))
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when pictures, texts, given labels or classes change.

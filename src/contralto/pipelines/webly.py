@@ -15,6 +15,7 @@ import json
 import platform
 import resource
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -804,7 +805,8 @@ def write_cleaned_csv(table: pa.Table, path: Path) -> None:
 
 
 def _no_formula(cell: str) -> str:
-    return "'" + cell if cell.lstrip()[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+    first = unicodedata.normalize("NFKC", cell.lstrip()[:1])  # full-width signs count too
+    return "'" + cell if first in ("=", "+", "-", "@") or cell[:1] in ("\t", "\r", "\n") else cell
 
 
 def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]:
@@ -828,7 +830,7 @@ class _Pictures(torch.utils.data.Dataset[Tensor]):
 
     def __getitem__(self, i: int) -> Tensor:
         row = int(self.rows[i])
-        image = torch.from_numpy(self.read(row).copy()).permute(2, 0, 1)
+        image = torch.from_numpy(self.read(row)).permute(2, 0, 1)
         return self.view(image, view_generator(self.seed, self.variant, row, int(isinstance(self.view, View))))
 
 

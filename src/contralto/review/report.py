@@ -72,7 +72,10 @@ def write_report(
         if not (run / needed).is_file():
             raise DataError(f"there is no {needed} yet: the run is not finished", file=str(run))
     manifest = Manifest.load(run / "manifest")
-    config, metrics = _json(run / "config.json"), _json(run / "metrics.json")
+    config = _json(run / "config.json")
+    metrics = {"test": None, "noise": None, "anchors": None} | _json(run / "metrics.json")
+    if metrics["test"] is not None:
+        metrics["test"] = {"plain": None, "difference": None} | metrics["test"]
     rows = pq.read_table(run / "cleaned.parquet").to_pylist()
     clean = manifest.column("clean_label").astype(int)
     known = bool((clean[[r["index"] for r in rows]] != -2).any())

@@ -8,6 +8,8 @@ interrupted one continues after its last whole epoch, with the same result as if
 import json
 import logging
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -148,9 +150,14 @@ def _train(
         )
         module.train()
         last = folder / "last.ckpt"
-        trainer.fit(module, loader, ckpt_path=last if last.exists() else None, weights_only=True)
-    if trainer.interrupted or trainer.current_epoch < epochs:
-        raise KeyboardInterrupt
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, loader, ckpt_path=last if last.exists() else None, weights_only=True)
+        except SystemExit as error:  # what Lightning makes of Ctrl+C, having switched the signal off
+            raise KeyboardInterrupt from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)
 
 
 class _Epochs(Checkpoint):

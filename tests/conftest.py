@@ -1,0 +1,100 @@
+"""What several tests share: a tiny collection of pictures with texts, and headless Chromium."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # two test processes share two cores
+
+COLOURS = {"red": (200, 30, 40), "green": (30, 180, 60), "blue": (40, 60, 210)}
+
+
+def picture(colour, seed, side=40, kind="PNG"):
+    """A square of noisy colour with a bright patch, as encoded bytes."""
+    rng = np.random.default_rng(seed)
+    array = np.clip(np.array(colour) + rng.normal(0, 25, (side, side, 3)), 0, 255).astype(np.uint8)
+    top, left = rng.integers(0, side // 2, 2)
+    array[top : top + 6, left : left + 6] = 250
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tiny_rows(per_class=16, test_per_class=6, seed=0):
+    """Rows of a collection of three colours; a quarter of the web labels is wrong, texts tell the truth mostly."""
+    rng = np.random.default_rng(seed)
+    names = list(COLOURS)
+    rows = []
+    for split, count in (("train", per_class), ("test", test_per_class)):
+        for c, name in enumerate(names):
+            for i in range(count):
+                wrong = split == "train" and i % 4 == 3
+                right = names[(c + 1) % 3] if wrong else name
+                words = rng.choice(["paint", "wall", "bright", "old", "nice"], 3)
+                rows.append(
+                    {
+                        "id": f"{split}-{name}-{i}",
+                        "image": picture(COLOURS[right], len(rows) + 1000 * seed),
+                        "text": f"{right} colour {' '.join(words)}",
+                        "query": name if split == "train" else None,
+                        "label": right,
+                        "split": split,
+                    }
+                )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_parquet(tmp_path_factory):
+    """The tiny collection as a Parquet file, with its definitions beside it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("tiny")
+    pq.write_table(pa.Table.from_pylist(tiny_rows()), folder / "tiny.parquet")
+    lines = [f"{name}: {{query: {name}, definition: The colour {name} of paint.}}" for name in COLOURS]
+    (folder / "classes.yaml").write_text("\n".join(lines))
+    return folder / "tiny.parquet"
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """The folder of the larger data sets, for tests marked `data`."""
+    folder = os.environ.get("CONTRALTO_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("CONTRALTO_DATA does not name the folder of the data sets")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; its absence is an error in CI and a skip with a reason elsewhere."""
+    program = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    if program is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have Chromium: the report is tested in it")
+        pytest.skip("NO BROWSER: install chromium to test the report in it")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        instance = playwright.chromium.launch(executable_path=program, args=flags)
+        yield instance
+        instance.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped is said loudly, with its reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        terminalreporter.section("SKIPPED", sep="!")
+        for reason in sorted(
+            {str(r.longrepr[2]) if isinstance(r.longrepr, tuple) else str(r.longrepr) for r in skipped}
+        ):
+            terminalreporter.write_line(reason)

@@ -1,0 +1,131 @@
+"""Encoders: one contract, real weights, freezing, the cache of features."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from contralto.encoders.features import cached_array, encode_batches
+from contralto.encoders.heads import mlp
+from contralto.encoders.image import freeze, image_encoder, save_encoder, unfreeze
+from contralto.encoders.text import text_encoder
+from contralto.errors import ContraltoError, UsageError
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet14", "resnet18-small", "timm/resnet18", "vit_tiny_patch16_224"])
+def test_every_image_encoder_keeps_the_contract(name):
+    encoder = image_encoder(name, pretrained=False, size=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert encoder(x).shape == (2, encoder.num_features)
+    torch.testing.assert_close(encoder.embed(x).norm(dim=1), torch.ones(2))
+    before = encoder.fingerprint()
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1e-3)
+    assert encoder.fingerprint() != before
+
+
+def test_lite0_has_its_imagenet_weights():
+    """The loaded network must know photographs' statistics: its batch norms are not those of a fresh one."""
+    trained, fresh = image_encoder("efficientnet-lite0"), image_encoder("efficientnet-lite0", pretrained=False)
+    means = [
+        torch.cat([m.running_mean for m in e.modules() if isinstance(m, nn.BatchNorm2d)]) for e in (trained, fresh)
+    ]
+    assert means[0].abs().mean() > 0.1
+    assert means[1].abs().max() == 0
+    assert trained.num_features == 1280
+    assert (trained.mean, trained.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_open_clip_image_towers():
+    pytest.importorskip("open_clip")
+    encoder = image_encoder("open_clip/RN50", pretrained=False).eval()
+    assert encoder(torch.zeros(1, 3, encoder.size, encoder.size)).shape == (1, encoder.num_features)
+    with pytest.raises(UsageError, match="name the weights too"):
+        image_encoder("open_clip/RN50")
+    with pytest.raises(UsageError, match="knows no model"):
+        image_encoder("open_clip/nothing", pretrained=False)
+
+
+def test_a_saved_encoder_is_loaded_by_its_path(tmp_path):
+    encoder = image_encoder("resnet8").eval()
+    save_encoder(encoder, tmp_path / "e")
+    again = image_encoder(str(tmp_path / "e")).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again(x), encoder(x))
+
+
+def test_wrong_names_are_named():
+    with pytest.raises(UsageError, match="no image encoder is called 'resnet9000'"):
+        image_encoder("resnet9000")
+    with pytest.raises(ContraltoError, match="could not be loaded"):
+        text_encoder("/nowhere/model")
+
+
+def test_a_frozen_module_learns_nothing_and_can_be_released():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    freeze(net)
+    net.train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    net(torch.randn(4, 3, 8, 8))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not any(p.requires_grad for p in net.parameters())
+    unfreeze(net)
+    net(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])
+    assert net[0].weight.grad is not None
+
+
+def test_heads_by_name_of_their_widths():
+    head = mlp([6, 5, 3], normalize=True)
+    torch.testing.assert_close(head(torch.randn(4, 6)).norm(dim=1), torch.ones(4))
+    with pytest.raises(UsageError, match="sizes"):
+        mlp([4])
+
+
+@pytest.mark.parametrize("name", ["minilm", "tfidf"])
+def test_text_encoders_put_like_to_like(name):
+    texts = ["a red shoe for women", "a shoe in red colour", "the president spoke on monday"]
+    encoder = text_encoder(name).fit(texts)
+    rows = encoder.encode(texts)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    similarity = rows @ rows.T
+    assert similarity[0, 1] > similarity[0, 2] + 0.2
+    assert encoder.fingerprint() == text_encoder(name).fit(texts).fingerprint()
+
+
+def test_tfidf_knows_no_word_and_needs_one():
+    assert not text_encoder("tfidf").fit(["red shoe"]).encode(["quantum"]).any()
+    assert text_encoder("tfidf").fit(["красная обувь"]).encode(["обувь"]).any()
+    with pytest.raises(UsageError, match="no words"):
+        text_encoder("tfidf").fit(["", "1 2"])
+
+
+def test_the_cache_computes_once_and_again_when_broken_or_changed(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return np.arange(5.0)
+
+    for key in ({"a": 1}, {"a": 1}, {"a": 2}):
+        assert cached_array(tmp_path, "x", key, compute).tolist() == [0, 1, 2, 3, 4]
+    assert len(calls) == 2
+    for path in tmp_path.glob("x-*.npy"):
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        cached_array(tmp_path, "x", {"a": 1}, compute)
+    assert len(calls) == 3
+
+
+def test_a_computation_that_fails_leaves_no_file(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        cached_array(tmp_path, "x", {}, lambda: np.array([1 / 0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoding_in_batches_equals_encoding_at_once():
+    encoder = image_encoder("resnet8").eval()
+    x = torch.randn(5, 3, 32, 32)
+    with torch.inference_mode():
+        expected = encoder(x).numpy()
+    np.testing.assert_allclose(encode_batches(encoder, x.split(2)), expected, atol=2e-3)

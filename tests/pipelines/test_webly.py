@@ -1,0 +1,208 @@
+"""The main job end to end on a tiny collection: outputs, resume, determinism, and what it must not look at."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from contralto.errors import DataError, UsageError
+from contralto.pipelines import webly
+from contralto.pipelines.webly import Job, fit_capro, load_preset, probability_wrong, write_cleaned_csv
+from contralto.systems.webly.capro import CAPro
+from contralto.systems.webly.model import load
+
+from tests.conftest import picture, tiny_rows
+from tests.tiny import FROZEN, TINY
+
+COLUMNS = [
+    "index", "id", "given", "verdict", "new", "given_classifier", "given_auxiliary", "given_prototype", "given_fused",
+    "new_classifier", "new_auxiliary", "new_prototype", "new_fused", "text_match", "text_rank", "nearest_prototypes",
+    "nearest_similarities", "p_wrong",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[TINY, FROZEN], ids=["trained", "frozen"])
+def finished(request, tiny_parquet, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "r"
+    definitions = tiny_parquet.with_name("classes.yaml")
+    return fit_capro(str(tiny_parquet), out, definitions=definitions, **request.param), request.param
+
+
+def weights(run):
+    return {s: load_file(run / "stages" / s / "weights.safetensors") for s in ("plain", "vanilla", "capro", "finetune")}
+
+
+def same_weights(a, b):
+    return all(torch.equal(a[s][k], b[s][k]) for s in a for k in a[s])
+
+
+def test_everything_promised_is_there(finished):
+    run, _ = finished
+    table = pq.read_table(run / "cleaned.parquet")
+    assert table.column_names == COLUMNS
+    assert table.num_rows == 48
+    assert set(table["verdict"].to_pylist()) <= {"kept", "corrected", "off-topic", "anchor"}
+    assert table["verdict"].to_pylist().count("anchor") == 9
+    for row in table.to_pylist():
+        assert 0 <= row["p_wrong"] <= 1
+        if row["verdict"] in ("kept", "anchor"):
+            assert row["new"] == row["given"]
+        if row["verdict"] == "off-topic":
+            assert row["new"] == ""
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"]["n"] == 18
+    assert {"plain", "capro", "difference"} < set(metrics["test"])
+    assert metrics["noise"]["rate_given"] == pytest.approx(0.25)
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads((run / "config.json").read_text())["extensions"] == ["text_weight", "class_balanced"]
+    assert "contralto.load" in (run / "model" / "README.md").read_text()
+
+
+def test_the_saved_model_is_the_trained_one(finished):
+    run, arguments = finished
+    model = load(run)
+    rows = [r for r in tiny_rows() if r["split"] == "test"]
+    prediction = model.predict([r["image"] for r in rows])
+    stored = pq.read_table(run / "test_predictions.parquet")
+    names = ["red", "green", "blue"]
+    assert [names.index(p) for p in prediction] == stored["predicted"].to_pylist()
+    tolerance = 5e-3 if arguments.get("frozen_features") else 1e-5  # the cache of features is in half precision
+    np.testing.assert_allclose(prediction.probabilities.max(1), stored["confidence"].to_numpy(), atol=tolerance)
+
+
+def test_the_same_arguments_give_the_same_run(finished, tiny_parquet, tmp_path):
+    run, arguments = finished
+    again = fit_capro(
+        str(tiny_parquet), tmp_path / "r", definitions=tiny_parquet.with_name("classes.yaml"), **arguments
+    )
+    assert same_weights(weights(run), weights(again))
+    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [("plain", 3), ("vanilla", 0), ("capro", 0), ("capro", 1), ("capro", 3)])
+def test_an_interrupted_job_goes_on_and_ends_the_same(finished, tiny_parquet, tmp_path, monkeypatch, stage, epoch):
+    run, arguments = finished
+    call = {"definitions": tiny_parquet.with_name("classes.yaml"), **arguments}
+    step = CAPro.training_step
+
+    def stops(self, batch, batch_idx):
+        if (self.hparams.stage, self.current_epoch, batch_idx) == (stage, epoch, 2):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CAPro, "training_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            fit_capro(str(tiny_parquet), tmp_path / "r", **call)
+    resumed = fit_capro(str(tiny_parquet), tmp_path / "r", **call)
+    assert same_weights(weights(run), weights(resumed))
+    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(resumed / "cleaned.parquet"))
+
+
+def test_a_finished_job_computes_nothing_again(finished, tiny_parquet, monkeypatch):
+    run, arguments = finished
+
+    def never(*_, **__):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(webly, "ingest", never)
+    monkeypatch.setattr(webly, "encode_batches", never)
+    monkeypatch.setattr(CAPro, "training_step", never)
+    fit_capro(str(tiny_parquet), run, definitions=tiny_parquet.with_name("classes.yaml"), **arguments)
+
+
+def test_clean_labels_change_nothing_that_is_learnt(finished, tiny_parquet, tmp_path):
+    """The clean labels of all pictures are replaced by noise: the run is the same, but for its evaluation."""
+    run, arguments = finished
+    table = pq.read_table(tiny_parquet)
+    rng = np.random.default_rng(5)
+    shuffled = pa.array(rng.permutation(table["label"].to_pylist()))
+    other = tmp_path / "tiny.parquet"
+    pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", shuffled), other)
+    again = fit_capro(str(other), tmp_path / "r", definitions=tiny_parquet.with_name("classes.yaml"), **arguments)
+    assert same_weights(weights(run), weights(again))
+    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
+    before, after = (json.loads((r / "metrics.json").read_text())["test"]["capro"]["accuracy"] for r in (run, again))
+    assert before != after
+
+
+def test_workers_and_other_label_modes_and_sample_weights_run(tiny_parquet, tmp_path):
+    small = TINY | {"epochs": 2, "baseline": False}
+    definitions = tiny_parquet.with_name("classes.yaml")
+    runs = [
+        fit_capro(str(tiny_parquet), tmp_path / str(w), definitions=definitions, **(small | {"workers": w}))
+        for w in (0, 2)
+    ]
+    a, b = (load_file(r / "stages" / "finetune" / "weights.safetensors") for r in runs)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    for i, extra in enumerate(({"sample_weights": "frequency"}, {"sample_weights": "text"}, {"anchors": -3})):
+        fit_capro(str(tiny_parquet), tmp_path / f"x{i}", definitions=definitions, **(small | extra))
+
+
+def test_without_clean_labels_and_without_texts_it_still_works(tmp_path):
+    rows = [{k: r[k] for k in ("image", "query")} for r in tiny_rows(per_class=12, test_per_class=0)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    run = fit_capro(str(tmp_path / "a.parquet"), tmp_path / "r", **(FROZEN | {"epochs": 2}))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics) == {"counts", "time", "memory_gib"}
+    assert not (run / "stages" / "plain").exists()
+
+
+def test_wrong_use_is_named(tiny_parquet, tmp_path):
+    with pytest.raises(UsageError, match="no argument 'nonsense'"):
+        Job(str(tiny_parquet), tmp_path / "r", {"nonsense": 1})
+    with pytest.raises(UsageError, match="no preset is called 'huge'"):
+        load_preset("huge")
+    with pytest.raises(UsageError, match="queue_size 24 is smaller than a batch of 100"):
+        fit_capro(str(tiny_parquet), tmp_path / "q", **(TINY | {"batch_size": 100}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="is not empty and holds no run"):
+        fit_capro(str(tiny_parquet), tmp_path / "full", **TINY)
+    one = tmp_path / "one.parquet"
+    pq.write_table(pa.table({"image": [picture((99, 9, 9), i) for i in range(3)], "query": ["a"] * 3}), one)
+    with pytest.raises(DataError, match="at least two classes"):
+        fit_capro(str(one), tmp_path / "one", **TINY)
+
+
+def test_another_job_in_the_same_folder_is_refused(finished, tiny_parquet):
+    run, arguments = finished
+    with pytest.raises(UsageError, match="other arguments \\(alpha\\)"):
+        fit_capro(
+            str(tiny_parquet), run, definitions=tiny_parquet.with_name("classes.yaml"), **(arguments | {"alpha": 0.4})
+        )
+
+
+@pytest.mark.parametrize("name", webly.PRESETS)
+def test_presets_hold_arguments_that_exist(name, tmp_path):
+    Job("x", tmp_path, load_preset(name))
+    assert (load_preset(name).get("text_weight", 0) > 0) == (
+        name == "small"
+    )  # extensions stay out of the paper's presets
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@x", "\t=1", " =1", "\r=2", "\n=2", "\uff1d1"])
+def test_no_cell_of_the_csv_is_a_formula(cell, tmp_path):
+    write_cleaned_csv(pa.table({"id": [cell, "plain"], "near": [[cell, "b"], ["c"]]}), tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["id"][0] == "'"
+    assert rows[0]["near"][0] == "'"
+    assert rows[1] == {"id": "plain", "near": "c"}
+
+
+def test_probability_of_being_wrong_is_monotone_in_the_score_and_finds_two_groups():
+    rng = np.random.default_rng(0)
+    wrong = rng.random(500) < 0.3
+    given = np.where(wrong, rng.beta(2, 8, 500), rng.beta(8, 2, 500))
+    scores = {"fused": np.stack([given, 1 - given], 1)}
+    p = probability_wrong(scores, np.zeros(500, int))
+    assert (np.diff(p[np.argsort(given)]) <= 1e-12).all()
+    assert p[wrong].mean() > 0.75
+    assert p[~wrong].mean() < 0.25
+    assert probability_wrong({"fused": np.full((4, 2), 0.5)}, np.zeros(4, int)).tolist() == [0.5] * 4

@@ -1,0 +1,104 @@
+"""What every system of the registry must do, whatever it is."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from contralto.errors import UsageError
+from contralto.systems.registry import SYSTEMS, get_system
+
+CLASSES, WIDTH = 4, 6
+
+
+def build(name, **arguments):
+    torch.manual_seed(0)
+    system = get_system(name)(
+        nn.Linear(8, WIDTH), num_classes=CLASSES, num_features=WIDTH, queue_size=16, hidden=8, dim=5, **arguments
+    )
+    return system.train()
+
+
+def batch(seed=0, n=8):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "views": [torch.randn(n, 8, generator=g) for _ in range(2)],
+        "label": torch.randint(CLASSES, (n,), generator=g),
+        "anchor": torch.rand(n, generator=g) < 0.2,
+        "weight": torch.ones(n),
+        "index": torch.arange(n),
+        "text_scores": torch.full((n, CLASSES), 1 / CLASSES),
+    }
+
+
+def steps(system, optimizer, first, count):
+    losses = []
+    for i in range(first, first + count):
+        loss = system.step(batch(i), epoch=20, batch_idx=i)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("stage", ["plain", "vanilla", "capro", "finetune"])
+class TestContract:
+    def test_one_step_has_finite_gradients_where_they_belong_and_none_elsewhere(self, name, stage):
+        system = build(name, stage=stage)
+        system.prototypes.copy_(nn.functional.normalize(torch.randn(CLASSES, 5), dim=1))
+        system.step(batch(), epoch=20)["loss"].backward()
+        trained = {"encoder", "classifier"} | ({"projector", "auxiliary"} if stage != "plain" else set())
+        for part, module in system.named_children():
+            grads = [p.grad for p in module.parameters()]
+            if part in trained:
+                assert all(g is not None and torch.isfinite(g).all() for g in grads), part
+            if part == "momentum_encoder":
+                assert all(g is None for g in grads)
+
+    def test_saved_and_loaded_it_takes_the_same_next_steps(self, name, stage):
+        system = build(name, stage=stage)
+        optimizer = system.configure_optimizers()
+        steps(system, optimizer, 0, 2)
+        other = build(name, stage=stage)
+        other.load_state_dict(copy.deepcopy(system.state_dict()))
+        again = other.configure_optimizers()
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert steps(system, optimizer, 2, 3) == steps(other, again, 2, 3)
+        assert all(
+            torch.equal(a, b) for a, b in zip(system.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+
+    def test_two_identical_runs_agree(self, name, stage):
+        runs = [build(name, stage=stage) for _ in range(2)]
+        assert steps(runs[0], runs[0].configure_optimizers(), 0, 3) == steps(
+            runs[1], runs[1].configure_optimizers(), 0, 3
+        )
+
+    def test_probabilities_are_probabilities(self, name, stage):
+        system = build(name, stage=stage).eval()
+        torch.testing.assert_close(system(batch()["views"][0]).sum(1), torch.ones(8))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_construction_leaves_the_global_random_state_alone_and_bad_input_is_named(name):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    system = get_system(name)
+    torch.manual_seed(1)
+    system(nn.Identity(), num_classes=CLASSES, num_features=WIDTH, queue_size=16, hidden=8, dim=5)
+    assert torch.equal(torch.rand(1), expected)
+    with pytest.raises(UsageError, match="num_classes"):
+        build(name, stage="capro").__class__(nn.Identity(), num_classes=1, num_features=WIDTH)
+    with pytest.raises(UsageError, match="no system is called"):
+        get_system("nothing")
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_registry_says_what_it_is(name):
+    entry = SYSTEMS[name]
+    assert entry.name == name
+    assert all(len(x) > 5 for x in (entry.problem, entry.data, entry.paper, entry.path, entry.job))
+    assert get_system(name).__doc__

@@ -1,0 +1,94 @@
+"""The finished model: predicts from whatever pictures come as, survives saving and export, names what is wrong."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import contralto
+from contralto.errors import DataError, UsageError
+from contralto.systems.webly.model import WebClassifier
+
+from tests.conftest import picture
+
+CONFIG = {
+    "encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
+    "classes": ["red", "blue"], "hidden": 8, "dim": 4, "temperature": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = WebClassifier(CONFIG).eval()
+    model.save(tmp_path / "model", "card")
+    return tmp_path, model
+
+
+def test_all_kinds_of_pictures_give_one_answer(saved, tmp_path):
+    folder, model = saved
+    data = picture((200, 30, 40), 0)
+    (tmp_path / "a.png").write_bytes(data)
+    image = Image.open(io.BytesIO(data))
+    prediction = contralto.load(folder).predict(
+        [data, tmp_path / "a.png", str(tmp_path / "a.png"), image, np.asarray(image)]
+    )
+    assert len(set(prediction)) == 1
+    assert np.ptp(prediction.probabilities, axis=0).max() < 1e-6
+    np.testing.assert_allclose(prediction.probabilities, model.predict([data] * 5).probabilities, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(model.embed([data]), axis=1), 1, rtol=1e-5)
+    assert model.predict([]) == []
+    assert model.embed([]).shape == (0, 4)
+
+
+def test_bad_pictures_and_folders_are_named(saved, tmp_path):
+    folder, model = saved
+    (tmp_path / "bad.jpg").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"bad\.jpg: not an image"):
+        model.predict([tmp_path / "bad.jpg"])
+    with pytest.raises(DataError, match=r"gone\.jpg: cannot be read"):
+        model.predict([tmp_path / "gone.jpg"])
+    with pytest.raises(UsageError, match="list of pictures"):
+        model.predict("a.jpg")
+    with pytest.raises(UsageError, match=r"uint8 \(H, W, 3\)"):
+        model.predict([np.zeros((4, 4))])
+    with pytest.raises(DataError, match="is the run finished"):
+        contralto.load(tmp_path / "nothing")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"encoder": "nope"}))
+    with pytest.raises(UsageError, match="nope"):
+        contralto.load(folder)
+
+
+def test_the_exported_program_runs_with_any_batch_and_without_this_library(saved, tmp_path):
+    _, model = saved
+    path = model.export(tmp_path / "m.pt2")
+    x = torch.randn(3, 3, 32, 32)
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch\n"
+        f"program = torch.export.load({str(path)!r}).module()\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
+        f"torch.save([program(x), program(x[:1])], {str(tmp_path / 'y.pt')!r})\n"
+        "assert not any(m.startswith('contralto') for m in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    three, one = torch.load(tmp_path / "y.pt", weights_only=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(three, model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, model(x[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_inference_does_not_load_the_training_stack(saved):
+    folder, _ = saved
+    code = (
+        f"import sys, contralto; contralto.load({str(folder)!r})\n"
+        "bad = [m for m in ('lightning', 'faiss', 'sklearn', 'sentence_transformers', 'jinja2') if m in sys.modules]\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
