@@ -7,11 +7,11 @@
 from importlib import import_module, metadata
 from typing import Any
 
-__all__ = ["fit_capro", "load"]
+__all__ = ["fit_capro", "load", "load_preset"]
 
 __version__ = metadata.version("contralto")
 
-_LAZY = {"load": "contralto.systems.webly.model", "fit_capro": "contralto.pipelines.webly"}
+_LAZY = {"load": "contralto.systems.webly.model", "fit_capro": "contralto.pipelines.webly", "load_preset": "contralto.pipelines.webly"}
 
 
 def __getattr__(name: str) -> Any:

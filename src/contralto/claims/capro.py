@@ -41,7 +41,7 @@ from contralto.evaluation.noise import noise_metrics
 from contralto.pipelines.webly import Job, environment, load_preset
 from contralto.systems.webly.capro import Stage, scale_rule
 
-__all__ = ["ARMS", "RATES", "choose_rates", "reproduce_capro"]
+__all__ = ["ARMS", "RATES", "ambiguous_classes", "choose_rates", "reproduce_capro", "shared_manifest"]
 
 PAPER: dict[str, Any] = {"text_weight": 0.0, "keep_threshold": None}
 ARMS: dict[str, dict[str, Any]] = {
@@ -50,6 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "capro": PAPER,
     "capro+text": {},
 }
+RATE_ARGUMENTS = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
 GRID = (0.0003, 0.001, 0.003, 0.01)
 RATES: dict[str, dict[str, float]] = {}
 """Learning rate of every arm by data set, the outcome of `choose_rates`."""
@@ -126,7 +127,7 @@ def choose_rates(
     """
     rates: dict[str, dict[str, float]] = {}
     for name in ("web_icons", "fashion_web"):
-        shared = _shared(name, Path(work), development=True)
+        shared = shared_manifest(name, Path(work), development=True)
         for arm in arms:
             score = {}
             for rate in GRID:
@@ -144,7 +145,7 @@ def _fashion() -> Path | None:
     return folder if (folder / "fashion_web.parquet").is_file() else None
 
 
-def _shared(name: str, work: Path, *, development: bool = False) -> Path:
+def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path:
     """The manifest of a data set, made once for all arms; for development a seventh of the training part is the test part."""
     folder = work / name / ("manifest-development" if development else "manifest")
     if (folder / "manifest.parquet").exists():
@@ -189,7 +190,7 @@ def _arm(
     manifest = Manifest.load(shared)
     train = (manifest.column("split") == "train") & (manifest.labels >= 0)
     anchors = scale_rule(int(train.sum()), len(manifest.classes))["anchors"]
-    arguments = load_preset("small") | ARMS[arm] | {"seed": seed, "lr": rate, "vanilla_lr": rate, "finetune_lr": rate}
+    arguments = load_preset("small") | ARMS[arm] | {"seed": seed} | dict.fromkeys(RATE_ARGUMENTS, rate)
     arguments |= {"anchors": -anchors if arm == "random anchors" else anchors, "cache": shared.parent / "features"}
     if quick:
         arguments |= {
@@ -230,7 +231,7 @@ def _macro(found: dict[str, Any], only: npt.NDArray[np.bool_] | None = None) -> 
 
 
 def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: bool) -> dict[str, Any]:
-    shared = _shared(name, work)
+    shared = shared_manifest(name, work)
     rates = RATES[name]
     console = Console(stderr=True, quiet=not progress)
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}

@@ -200,7 +200,7 @@ def perceptual_hash(image: npt.NDArray[np.uint8]) -> int:
 
 
 def duplicate_groups(
-    phash: npt.NDArray[np.uint64], sha256: npt.NDArray[np.str_], *, max_distance: int = 2
+    phash: npt.NDArray[np.uint64], sha256: npt.NDArray[np.str_], *, max_distance: int = 1
 ) -> npt.NDArray[np.int64]:
     """Group near-identical pictures.
 
@@ -210,7 +210,8 @@ def duplicate_groups(
     sha256 : array (N,) str
         Equal bytes are always one group.
     max_distance : int
-        Bits that may differ, at most 3. Groups are transitive.
+        Bits that may differ, at most 3. Groups are transitive: on pictures that are much alike, such as products on white, a
+        larger distance chains different ones together.
 
     Returns
     -------

@@ -531,7 +531,7 @@ class Job:
             rows = np.asarray(encoded[[place[t] for t in texts]], dtype=np.float32)
             rows[[not t.strip() for t in texts]] = 0.0
             if a["enhance"]:
-                index, distance = self._graph()
+                index, distance = self.neighbour_graph()
                 graph = adjacency(index, distance, edge=a["edge"])
                 form = {k: a[k] for k in ("edge", "self_weight", "normalisation", "degree")}
                 rows = smooth(rows, graph, **form)
@@ -553,7 +553,7 @@ class Job:
             texts = drop_even_words([" ".join(words_of(t)) for t in texts], self.labels, self.num_classes, keep=keep)
         return texts
 
-    def _graph(self) -> tuple[Array, Array]:
+    def neighbour_graph(self) -> tuple[Array, Array]:
         """Visual neighbours of the training pictures, by the encoder of the vanilla stage."""
         a = self.arguments
         encoder = self._vanilla_encoder()

@@ -59,7 +59,9 @@ class CAPro(LightningModule):
     epochs, lr, warmup_epochs : int, float, int
         Of stage "capro". SGD with momentum 0.9, linear warm-up, cosine.
     vanilla_epochs, vanilla_lr, vanilla_warmup_epochs : int, float, int
-        Of stage "vanilla"; "plain" uses its rate and warm-up.
+        Of stage "vanilla"; "plain" uses its warm-up.
+    plain_lr : float, optional
+        Rate of stage "plain", so that the baseline can have its own best; default: `vanilla_lr`.
     finetune_epochs, finetune_lr : int, float
         Of stage "finetune"; cosine without warm-up.
     mixup : float
@@ -128,6 +130,7 @@ class CAPro(LightningModule):
         vanilla_epochs: int = 120,
         vanilla_lr: float = 0.1,
         vanilla_warmup_epochs: int = 10,
+        plain_lr: float | None = None,
         finetune_epochs: int = 15,
         finetune_lr: float = 1e-4,
         mixup: float = 0.8,
@@ -393,6 +396,8 @@ class CAPro(LightningModule):
         h = self.arguments
         if h.stage == "finetune":
             return h.finetune_lr, 0
+        if h.stage == "plain" and h.plain_lr is not None:
+            return h.plain_lr, h.vanilla_warmup_epochs
         return (h.lr, h.warmup_epochs) if h.stage == "capro" else (h.vanilla_lr, h.vanilla_warmup_epochs)
 
     @torch.no_grad()
