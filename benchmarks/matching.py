@@ -21,7 +21,8 @@ from contralto.data.text import clean_texts, drop_even_words, words_of
 from contralto.encoders.text import text_encoder
 from contralto.neighbors.graph import adjacency, smooth
 from contralto.neighbors.matching import match_texts
-from contralto.pipelines.webly import Job, environment, load_preset
+from contralto.pipelines.outputs import environment
+from contralto.pipelines.webly import Job, load_preset
 
 K = 30
 

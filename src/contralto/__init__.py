@@ -11,7 +11,11 @@ __all__ = ["fit_capro", "load", "load_preset"]
 
 __version__ = metadata.version("contralto")
 
-_LAZY = {"load": "contralto.systems.webly.model", "fit_capro": "contralto.pipelines.webly", "load_preset": "contralto.pipelines.webly"}
+_LAZY = {
+    "load": "contralto.systems.webly.model",
+    "fit_capro": "contralto.pipelines.webly",
+    "load_preset": "contralto.pipelines.webly",
+}
 
 
 def __getattr__(name: str) -> Any:

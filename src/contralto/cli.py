@@ -306,7 +306,7 @@ def clean(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str,
     """
     import pyarrow.parquet as pq
 
-    from contralto.pipelines.webly import write_cleaned_csv
+    from contralto.pipelines.outputs import write_cleaned_csv
 
     source = run / "cleaned.parquet"
     if not source.is_file():

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from contralto.errors import DataError, UsageError
 from contralto.pipelines import webly
-from contralto.pipelines.webly import Job, fit_capro, load_preset, probability_wrong, write_cleaned_csv
+from contralto.pipelines.outputs import write_cleaned_csv
+from contralto.pipelines.webly import Job, fit_capro, load_preset
 from contralto.systems.webly.capro import CAPro
 from contralto.systems.webly.model import load
 
@@ -194,15 +195,3 @@ def test_no_cell_of_the_csv_is_a_formula(cell, tmp_path):
     assert rows[0]["id"][0] == "'"
     assert rows[0]["near"][0] == "'"
     assert rows[1] == {"id": "plain", "near": "c"}
-
-
-def test_probability_of_being_wrong_is_monotone_in_the_score_and_finds_two_groups():
-    rng = np.random.default_rng(0)
-    wrong = rng.random(500) < 0.3
-    given = np.where(wrong, rng.beta(2, 8, 500), rng.beta(8, 2, 500))
-    scores = {"fused": np.stack([given, 1 - given], 1)}
-    p = probability_wrong(scores, np.zeros(500, int))
-    assert (np.diff(p[np.argsort(given)]) <= 1e-12).all()
-    assert p[wrong].mean() > 0.75
-    assert p[~wrong].mean() < 0.25
-    assert probability_wrong({"fused": np.full((4, 2), 0.5)}, np.zeros(4, int)).tolist() == [0.5] * 4

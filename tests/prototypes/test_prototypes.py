@@ -1,5 +1,6 @@
 """Prototype rules against loops over samples; the order of the correction rules."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.prototypes.bank import class_means, ema_update, prototype_logits
-from contralto.prototypes.correction import Verdict, correct_labels
+from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
 
 
 def unit(n, d, g):
@@ -79,3 +80,14 @@ def test_a_threshold_above_one_corrects_nothing_and_wrong_shapes_are_named():
         correct_labels(r, torch.tensor([1]), torch.zeros(3, dtype=torch.bool), threshold=0.5)
     with pytest.raises(UsageError, match="momentum"):
         ema_update(r, r, torch.arange(3), 1.5)
+
+
+def test_probability_of_being_wrong_is_monotone_in_the_score_and_finds_two_groups():
+    rng = np.random.default_rng(0)
+    wrong = rng.random(500) < 0.3
+    given = np.where(wrong, rng.beta(2, 8, 500), rng.beta(8, 2, 500))
+    p = probability_wrong(given)
+    assert (np.diff(p[np.argsort(given)]) <= 1e-12).all()
+    assert p[wrong].mean() > 0.75
+    assert p[~wrong].mean() < 0.25
+    assert probability_wrong([0.5] * 4).tolist() == [0.5] * 4

@@ -38,7 +38,8 @@ from contralto.data.manifest import Manifest
 from contralto.errors import DataError, MissingExtraError, UsageError
 from contralto.evaluation.classification import accuracy_interval
 from contralto.evaluation.noise import noise_metrics
-from contralto.pipelines.webly import Job, environment, load_preset
+from contralto.pipelines.outputs import environment
+from contralto.pipelines.webly import Job, load_preset
 from contralto.systems.webly.capro import Stage, scale_rule
 
 __all__ = ["ARMS", "RATES", "ambiguous_classes", "choose_rates", "reproduce_capro", "shared_manifest"]

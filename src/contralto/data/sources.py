@@ -250,6 +250,10 @@ def _picture(fs: Any, root: str, path: str, identity: str, fields: dict[str, Any
     if _escapes(fs, root, path):
         record.problem = "leads outside the data folder"
         return record
+    return _filled(record, fs, path)
+
+
+def _filled(record: Record, fs: Any, path: str) -> Record:
     try:
         record.data = _read_file(fs, path, MAX_FILE)
     except FileNotFoundError:
@@ -444,13 +448,7 @@ def _named_picture(fs: Any, base: str, name: str, fields: dict[str, Any], row: i
     if "\x00" in name or (not allow_outside and ("://" in name or _escapes(fs, base, path))):
         return Record(name[:500], name[:500], fields=fields, row=row, problem="leads outside the data folder")
     record = Record(name[:500], path if _is_absolute(name) else _relative(path, base), fields=fields, row=row)
-    try:
-        record.data = _read_file(fs, path, MAX_FILE)
-    except FileNotFoundError:
-        record.problem = "file is missing"
-    except (OSError, DataError) as error:
-        record.problem = f"cannot be read: {error}"[:200]
-    return record
+    return _filled(record, fs, path)
 
 
 def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,10 +12,8 @@ Nothing that learns sees the clean labels: `_fields` is the only door between th
 import hashlib
 import inspect
 import json
-import platform
 import resource
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 import yaml
@@ -51,13 +48,14 @@ from contralto.evaluation.noise import noise_metrics
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
 from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
-from contralto.prototypes.correction import Verdict, correct_labels
+from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
+from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
 from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
 from contralto.systems.webly.model import WebClassifier
 from contralto.training.fit import fit_stage, write_atomically
 from contralto.views.image import EvalView, View, strong_view, view_generator, weak_view
 
-__all__ = ["PRESETS", "Job", "environment", "fit_capro", "load_preset", "probability_wrong", "write_cleaned_csv"]
+__all__ = ["PRESETS", "Job", "fit_capro", "load_preset"]
 
 PRESETS = ("webvision1k", "google500", "small")
 VERDICTS = {
@@ -266,7 +264,7 @@ class Job:
             "version": metadata.version("contralto"),
             "data": self.data,
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())},
-            "extensions": [e for e in EXTENSIONS if self.arguments[e] != _default(e)],
+            "extensions": self._extensions(),
         }
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -284,6 +282,9 @@ class Job:
         self._write_json("environment.json", environment())
         if (self.out / "seconds.json").exists():
             self.seconds = json.loads((self.out / "seconds.json").read_text(encoding="utf-8"))
+
+    def _extensions(self) -> list[str]:
+        return [e for e in EXTENSIONS if self.arguments[e] != _default(e)]
 
     def _write_json(self, name: str, value: Any) -> None:
         text = json.dumps(value, indent=1, ensure_ascii=False)
@@ -645,7 +646,7 @@ class Job:
                 "nearest_similarities": [
                     similarity[i, n].astype(float).round(4).tolist() for i, n in enumerate(nearest)
                 ],
-                "p_wrong": probability_wrong(s, self.labels).astype(np.float32),
+                "p_wrong": probability_wrong(s["fused"][rows, given]).astype(np.float32),
             }
         )
 
@@ -704,7 +705,14 @@ class Job:
         metrics["memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         self._write_json("metrics.json", metrics)
         self.metrics = metrics
-        card = _model_card(self, metrics)
+        card = model_card(
+            self.manifest.class_names,
+            self.arguments,
+            self._extensions(),
+            metrics,
+            len(self.labels),
+            self.model.config["size"],
+        )
         write_atomically(self.out / "model" / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
         return metrics
 
@@ -754,61 +762,6 @@ class Job:
             return write_report(self.out, read_image=self.read_image)
 
 
-def probability_wrong(scores: Mapping[str, Array], labels: Array) -> npt.NDArray[np.float64]:
-    """Probability that each given label is wrong, estimated without any clean label.
-
-    The mean of two estimates that err in opposite directions: one minus the fused score of the given class, which is too
-    sure of itself where classes are alike, and the posterior of the lower part of a mixture of two normals fitted to the
-    logit of that score, which is too timid where few labels are wrong. Made monotone in the score.
-
-    Parameters
-    ----------
-    scores : mapping
-        With `fused` (N, C) in [0, 1].
-    labels : array (N,)
-        Given labels.
-
-    Returns
-    -------
-    array (N,) in [0, 1]
-
-    Examples
-    --------
-    >>> fused = np.array([[0.9, 0.1]] * 20 + [[0.1, 0.9]] * 20)
-    >>> p = probability_wrong({"fused": fused}, np.zeros(40, int))
-    >>> bool(p[0] < 0.2), bool(p[-1] > 0.8)
-    (True, True)
-    """
-    from sklearn.mixture import GaussianMixture
-
-    given = scores["fused"][np.arange(len(labels)), labels].astype(np.float64).clip(1e-4, 1 - 1e-4)
-    logit = np.log(given / (1 - given))[:, None]
-    if len(np.unique(given)) < 2:
-        return 1 - given
-    mixture = GaussianMixture(2, means_init=np.quantile(logit, [0.1, 0.9])[:, None], random_state=0).fit(logit)
-    posterior = mixture.predict_proba(logit)[:, int(np.argmin(mixture.means_))]
-    mean = (1 - given + posterior) / 2
-    order = np.argsort(given, kind="stable")
-    mean[order] = np.minimum.accumulate(mean[order])
-    return np.asarray(mean)
-
-
-def write_cleaned_csv(table: pa.Table, path: Path) -> None:
-    """The cleaned list as CSV: lists joined by semicolons, and no cell that a spreadsheet would take for a formula."""
-    columns = {}
-    for name in table.column_names:
-        values = table.column(name).to_pylist()
-        if values and isinstance(values[0], list):
-            values = ["; ".join(map(str, v)) for v in values]
-        columns[name] = [_no_formula(v) if isinstance(v, str) else v for v in values]
-    write_atomically(path, lambda p: pyarrow.csv.write_csv(pa.table(columns), p))
-
-
-def _no_formula(cell: str) -> str:
-    first = unicodedata.normalize("NFKC", cell.lstrip()[:1])  # full-width signs count too
-    return "'" + cell if first in ("=", "+", "-", "@") or cell[:1] in ("\t", "\r", "\n") else cell
-
-
 def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, macro in (("accuracy", False), ("macro", True)):
@@ -855,64 +808,3 @@ def _system_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "stage",
     }
     return {k: v for k, v in arguments.items() if k in names}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record of a run."""
-    packages = (
-        "contralto",
-        "torch",
-        "torchvision",
-        "lightning",
-        "timm",
-        "faiss-cpu",
-        "numpy",
-        "scikit-learn",
-        "pyarrow",
-    )
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "packages": {p: metadata.version(p) for p in packages},
-    }
-
-
-def _model_card(job: Job, metrics: Mapping[str, Any]) -> str:
-    test = metrics.get("test")
-    lines = [
-        f"# Classifier of {job.num_classes} classes, trained on noisy web images",
-        "",
-        f"Classes: {', '.join(job.manifest.class_names)}",
-        "",
-        f"Trained with CAPro on {len(job.train_rows)} images with the labels of the web; encoder "
-        f"{job.arguments['image_encoder']}, input {job.model.config['size']} px.",
-        "Beyond the paper: " + (", ".join(e for e in EXTENSIONS if job.arguments[e] != _default(e)) or "nothing") + ".",
-        "",
-        "    import contralto",
-        '    contralto.load("path/to/this/folder").predict(["a.jpg", "b.jpg"])',
-        "",
-        "## Accuracy",
-        "",
-    ]
-    if test:
-        lines += ["| | accuracy | mean over classes (95 % interval) |", "|---|---|---|"]
-        for name, told in (("plain", "plain training"), ("capro", "this model")):
-            if name in test:
-                t = test[name]
-                lines.append(
-                    f"| {told} | {t['accuracy']:.1%} | {t['macro']:.1%} ({t['macro_low']:.1%} to {t['macro_high']:.1%}) |"
-                )
-        lines += ["", f"On {test['n']} test images with clean labels."]
-    else:
-        lines += ["Not measured: the data had no clean test labels."]
-    lines += [
-        "",
-        "## Limits",
-        "",
-        "The labels that it learnt from were never verified by a person; see the report of the run for what was corrected.",
-        "It names one of its classes for any picture; a low probability is the only sign of a picture of something else.",
-    ]
-    return "\n".join(lines) + "\n"

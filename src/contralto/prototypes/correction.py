@@ -3,12 +3,14 @@
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from contralto.errors import UsageError
 
-__all__ = ["Correction", "Verdict", "correct_labels"]
+__all__ = ["Correction", "Verdict", "correct_labels", "probability_wrong"]
 
 
 class Verdict(IntEnum):
@@ -81,3 +83,39 @@ def correct_labels(
     verdict[confident & (arg == labels)] = int(Verdict.KEPT)
     verdict[anchors] = int(Verdict.ANCHOR)
     return Correction(new, verdict)
+
+
+def probability_wrong(given: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Probability that each given label is wrong, estimated without any clean label.
+
+    The mean of two estimates that err in opposite directions: one minus the fused score of the given class, which is too
+    sure of itself where classes are alike, and the posterior of the lower part of a mixture of two normals fitted to the
+    logit of that score, which is too timid where few labels are wrong. Made monotone in the score.
+
+    Parameters
+    ----------
+    given : array (N,)
+        Fused score of the given class of every sample, in [0, 1].
+
+    Returns
+    -------
+    array (N,) in [0, 1]
+
+    Examples
+    --------
+    >>> p = probability_wrong([0.9] * 20 + [0.1] * 20)
+    >>> bool(p[0] < 0.2), bool(p[-1] > 0.8)
+    (True, True)
+    """
+    from sklearn.mixture import GaussianMixture
+
+    score = np.asarray(given, dtype=np.float64).clip(1e-4, 1 - 1e-4)
+    if len(np.unique(score)) < 2:
+        return 1 - score
+    logit = np.log(score / (1 - score))[:, None]
+    mixture = GaussianMixture(2, means_init=np.quantile(logit, [0.1, 0.9])[:, None], random_state=0).fit(logit)
+    posterior = mixture.predict_proba(logit)[:, int(np.argmin(mixture.means_))]
+    mean = (1 - score + posterior) / 2
+    order = np.argsort(score, kind="stable")
+    mean[order] = np.minimum.accumulate(mean[order])
+    return np.asarray(mean)

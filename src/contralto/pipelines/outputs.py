@@ -1,0 +1,101 @@
+"""What a run leaves for people: the cleaned list as CSV, the model card, the record of versions and machine."""
+
+import platform
+import unicodedata
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import torch
+
+from contralto.training.fit import write_atomically
+
+__all__ = ["environment", "model_card", "write_cleaned_csv"]
+
+
+def write_cleaned_csv(table: pa.Table, path: Path) -> None:
+    """The cleaned list as CSV: lists joined by semicolons, and no cell that a spreadsheet would take for a formula."""
+    columns = {}
+    for name in table.column_names:
+        values = table.column(name).to_pylist()
+        if values and isinstance(values[0], list):
+            values = ["; ".join(map(str, v)) for v in values]
+        columns[name] = [_no_formula(v) if isinstance(v, str) else v for v in values]
+    write_atomically(path, lambda p: pyarrow.csv.write_csv(pa.table(columns), p))
+
+
+def _no_formula(cell: str) -> str:
+    first = unicodedata.normalize("NFKC", cell.lstrip()[:1])  # full-width signs count too
+    return "'" + cell if first in ("=", "+", "-", "@") or cell[:1] in ("\t", "\r", "\n") else cell
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a run."""
+    packages = (
+        "contralto",
+        "torch",
+        "torchvision",
+        "lightning",
+        "timm",
+        "faiss-cpu",
+        "numpy",
+        "scikit-learn",
+        "pyarrow",
+    )
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "packages": {p: metadata.version(p) for p in packages},
+    }
+
+
+def model_card(
+    classes: list[str],
+    arguments: Mapping[str, Any],
+    extensions: list[str],
+    metrics: Mapping[str, Any],
+    n_images: int,
+    size: int,
+) -> str:
+    """The README of a trained classifier: what it names, what it learnt from, how right it is, where its limits are."""
+    test = metrics.get("test")
+    lines = [
+        f"# Classifier of {len(classes)} classes, trained on noisy web images",
+        "",
+        f"Classes: {', '.join(classes)}",
+        "",
+        f"Trained with CAPro on {n_images} images with the labels of the web; encoder "
+        f"{arguments['image_encoder']}, input {size} px.",
+        "Beyond the paper: " + (", ".join(extensions) or "nothing") + ".",
+        "",
+        "    import contralto",
+        '    contralto.load("path/to/this/folder").predict(["a.jpg", "b.jpg"])',
+        "",
+        "## Accuracy",
+        "",
+    ]
+    if test:
+        lines += ["| | accuracy | mean over classes (95 % interval) |", "|---|---|---|"]
+        for name, told in (("plain", "plain training"), ("capro", "this model")):
+            if name in test:
+                t = test[name]
+                lines.append(
+                    f"| {told} | {t['accuracy']:.1%} | {t['macro']:.1%} ({t['macro_low']:.1%} to {t['macro_high']:.1%}) |"
+                )
+        lines += ["", f"On {test['n']} test images with clean labels."]
+    else:
+        lines += ["Not measured: the data had no clean test labels."]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        "The labels that it learnt from were never verified by a person; see the report of the run for what was corrected.",
+        "It names one of its classes for any picture; a low probability is the only sign of a picture of something else.",
+    ]
+    return "\n".join(lines) + "\n"
