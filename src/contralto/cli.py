@@ -136,16 +136,12 @@ def inspect_(
         allow_outside: Let tables name files outside their folder.
     """
     from contralto.data.inspect import inspect_data, print_inspection
+    from contralto.pipelines.webly import estimate_cost
 
     columns = {k: v for k, v in locals().items() if k.endswith("_column")}
-    result = inspect_data(
-        data,
-        definitions=definitions,
-        blank_share=blank_share,
-        min_side=min_side,
-        allow_outside=allow_outside,
-        **columns,
-    )
+    options = {"blank_share": blank_share, "min_side": min_side, "allow_outside": allow_outside}
+    result = inspect_data(data, definitions=definitions, **options, **columns)
+    result["cost"] = estimate_cost(sum(c["train"] for c in result["classes"]), max(len(result["classes"]), 2))
     if show:
         print_inspection(result)
     return result

@@ -109,10 +109,11 @@ def save_definitions(classes: Sequence[ClassInfo], path: str | Path) -> None:
 
 
 def find_senses(name: str, *, wordnet: str | Path | None = None) -> list[Sense]:
-    """Meanings of a class name, from what is at hand, the commonest first.
+    """Meanings of a class name, from what is at hand; WordNet has the commonest first.
 
     Looked for in: the WordNet nouns in `wordnet` (a folder with `synsets.jsonl.gz` and `senses.jsonl.gz`; default
-    `$CONTRALTO_DATA/wordnet_nouns`), a local WordNet (Debian's `wordnet-base`), and the ImageNet synsets that timm ships.
+    `$CONTRALTO_DATA/wordnet_nouns`), a local WordNet (Debian's `wordnet-base`), and the ImageNet synsets that timm ships,
+    which stand in the order of their numbers.
 
     Examples
     --------
@@ -139,7 +140,7 @@ def find_senses(name: str, *, wordnet: str | Path | None = None) -> list[Sense]:
 def fill_definitions(
     classes: Iterable[ClassInfo], *, wordnet: str | Path | None = None
 ) -> tuple[tuple[ClassInfo, ...], dict[str, list[Sense]]]:
-    """Complete missing definitions with the commonest sense of the name.
+    """Complete missing definitions with the first sense of the name.
 
     Returns
     -------

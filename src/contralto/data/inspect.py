@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from contralto.data.definitions import fill_definitions, load_definitions
-from contralto.data.ingest import ingest
-from contralto.data.sources import detect_form
+from contralto.data.ingest import ROLES, find_columns, ingest
+from contralto.data.sources import detect_form, read_records
 
 __all__ = ["inspect_data", "print_inspection"]
 
@@ -31,12 +32,16 @@ def inspect_data(data: str, *, definitions: Path | None = None, **options: Any) 
     Returns
     -------
     dict
-        `form`, `pictures`, `seconds`, `splits`, `classes` (name, count, definition, senses), `texts`, `sizes`, `formats`,
+        `form`, `columns` (that were found), `roles` (role -> columns), `pictures`,
+        `seconds`, `splits`, `classes` (name, count, definition, senses), `texts`, `sizes`, `formats`,
         `skipped` (reason, count, examples), `duplicates`, `leaks` (training pictures that repeat a test picture),
         `unlabelled`, `warnings`.
     """
     started = time.perf_counter()
     form = detect_form(data)
+    first = islice(read_records(data, image_column=options.get("image_column")), 100)
+    columns = list(dict.fromkeys(name for record in first for name in record.fields))
+    given = {role: options.get(f"{role}_column") for role in ROLES}
     manifest = ingest(data, classes=None if definitions is None else load_definitions(definitions), **options)
     classes, senses = fill_definitions(manifest.classes)
     labels, groups, splits = manifest.labels, manifest.column("duplicate_group"), manifest.column("split")
@@ -59,6 +64,8 @@ def inspect_data(data: str, *, definitions: Path | None = None, **options: Any) 
     return {
         "data": data,
         "form": form,
+        "columns": columns,
+        "roles": {role: found for role, found in find_columns(columns, given).items() if found},
         "pictures": len(manifest),
         "seconds": round(time.perf_counter() - started, 2),
         "splits": dict(Counter(splits.tolist())),
@@ -83,13 +90,15 @@ def inspect_data(data: str, *, definitions: Path | None = None, **options: Any) 
 
 def print_inspection(result: dict[str, Any]) -> None:
     """Show the result of `inspect_data` to a person."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{result['data']}: {result['form']}, {result['pictures']} pictures, read in {result['seconds']} s",
         markup=False,
     )
     t, s = result["texts"], result["sizes"]
+    used = {column: role for role, columns in result["roles"].items() for column in columns}
     told = {
+        "columns": ", ".join(f"{c} ({used[c]})" if c in used else c for c in result["columns"]) or "none",
         "splits": ", ".join(f"{k} {v}" for k, v in result["splits"].items()),
         "formats": ", ".join(f"{k} {v}" for k, v in result["formats"].items()),
         "shorter side": f"{s['min']} to {s['max']} px, median {s['median']}",
@@ -102,13 +111,24 @@ def print_inspection(result: dict[str, Any]) -> None:
         console.print(f"  {key:20s} {value}", markup=False)
     table = Table("class", "train", "definition", box=None, padding=(0, 2, 0, 0))
     for c in result["classes"]:
-        extra = f"  ({len(c['senses'])} senses, the commonest taken)" if len(c["senses"]) > 1 else ""
+        extra = f"  ({len(c['senses'])} senses, the first taken)" if len(c["senses"]) > 1 else ""
         table.add_row(_plain(c["name"]), str(c["train"]), _plain(c["definition"][:90] or "none") + extra)
     console.print(table)
+    for c in result["classes"]:
+        if len(c["senses"]) > 1:
+            console.print(f"  {c['name']} may mean (choose one in a definitions file):", markup=False)
+            for sense in c["senses"][:5]:
+                console.print(f"    {sense[:110]}", markup=False)
     for r in result["skipped"]:
         console.print(f"  left out: {r['n']} {r['reason']}, for example {', '.join(r['examples'])}", markup=False)
     for warning in result["warnings"]:
         console.print(f"  note: {warning}", markup=False)
+    if "cost" in result:
+        c = result["cost"]
+        console.print(
+            f"  cost of `fit capro --preset small` here: about {c['minutes']:.0f} min, {c['disk_mb']:.0f} MB of features",
+            markup=False,
+        )
 
 
 def _plain(text: str) -> str:

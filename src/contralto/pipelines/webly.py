@@ -55,7 +55,7 @@ from contralto.systems.webly.model import WebClassifier
 from contralto.training.fit import fit_stage, write_atomically
 from contralto.views.image import EvalView, View, strong_view, view_generator, weak_view
 
-__all__ = ["PRESETS", "Job", "fit_capro", "load_preset"]
+__all__ = ["PRESETS", "Job", "estimate_cost", "fit_capro", "load_preset"]
 
 PRESETS = ("webvision1k", "google500", "small")
 VERDICTS = {
@@ -760,6 +760,50 @@ class Job:
         with self._timed("report", "map and page"):
             self.draw_map()
             return write_report(self.out, read_image=self.read_image)
+
+
+def estimate_cost(n_images: int, num_classes: int) -> dict[str, float]:
+    """What the job with the `small` preset takes on this machine, from a few pictures and steps that are timed.
+
+    Parameters
+    ----------
+    n_images, num_classes : int
+        Training pictures and classes.
+
+    Returns
+    -------
+    dict
+        `minutes`, and `disk_mb` of features in the run folder.
+
+    Examples
+    --------
+    >>> sorted(estimate_cost(1000, 10))
+    ['disk_mb', 'minutes']
+    """
+    a = load_preset("small")
+    encoder = image_encoder(a["image_encoder"], pretrained=False, size=a["image_size"]).eval()
+    view, pixels = strong_view(a["image_size"], encoder.mean, encoder.std), torch.zeros(3, 200, 200, dtype=torch.uint8)
+    with torch.inference_mode():
+        encoder(torch.zeros(32, 3, a["image_size"], a["image_size"]))
+        started = time.perf_counter()
+        encoder(torch.stack([view(pixels, view_generator(0, 0, i, 0)) for i in range(32)]))
+        per_view = (time.perf_counter() - started) / 32
+    system = CAPro(
+        nn.Identity(), num_classes, encoder.num_features, hidden=a["hidden"], queue_size=1024, init_proto_epoch=0,
+        start_clean_epoch=0, momentum_prototype=0.99,
+    )  # fmt: skip
+    b = a["batch_size"]
+    batch = {"views": [torch.randn(b, encoder.num_features)] * 2, "label": torch.arange(b) % num_classes,
+             "anchor": torch.zeros(b, dtype=torch.bool), "weight": torch.ones(b), "index": torch.arange(b)}  # fmt: skip
+    system.step(batch, epoch=1)["loss"].backward()
+    started = time.perf_counter()
+    for _ in range(5):
+        system.step(batch, epoch=1)["loss"].backward()
+    per_step = (time.perf_counter() - started) / 5 * 1.5  # the optimiser and the loader take their part
+    views = 2 * 2 + 1
+    epochs = a["vanilla_epochs"] + a["epochs"] + a["finetune_epochs"]
+    seconds = n_images * views * per_view + n_images / b * epochs * per_step + n_images * 0.01
+    return {"minutes": seconds / 60, "disk_mb": n_images * views * encoder.num_features * 2 / 2**20}
 
 
 def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]:
