@@ -53,7 +53,10 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 RATE_ARGUMENTS = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
 GRID = (0.0003, 0.001, 0.003, 0.01)
-RATES: dict[str, dict[str, float]] = {}
+RATES: dict[str, dict[str, float]] = {
+    "web_icons": {"plain": 0.001, "random anchors": 0.001, "capro": 0.001, "capro+text": 0.003},
+    "fashion_web": {"plain": 0.0003, "random anchors": 0.001, "capro": 0.003, "capro+text": 0.003},
+}
 """Learning rate of every arm by data set, the outcome of `choose_rates`."""
 
 COMPARISONS = (
