@@ -37,6 +37,11 @@ def test_wrong_data_are_named(tmp_path, monkeypatch):
         capro.reproduce_capro(tmp_path, data="fashion_web", work=tmp_path, progress=False)
 
 
+def test_the_table_of_the_readme_is_the_kept_result():
+    readme = (RESULT.parents[2] / "README.md").read_text()
+    assert capro.markdown(json.loads(RESULT.read_text())) in readme
+
+
 def test_the_kept_result_is_whole_and_its_verdicts_follow_the_rule():
     result = json.loads(RESULT.read_text())
     assert len(result["seeds"]) >= 3

@@ -42,7 +42,7 @@ from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
 from contralto.systems.webly.capro import Stage, scale_rule
 
-__all__ = ["ARMS", "RATES", "ambiguous_classes", "choose_rates", "reproduce_capro", "shared_manifest"]
+__all__ = ["ARMS", "RATES", "ambiguous_classes", "choose_rates", "markdown", "reproduce_capro", "shared_manifest"]
 
 PAPER: dict[str, Any] = {"text_weight": 0.0, "keep_threshold": None}
 ARMS: dict[str, dict[str, Any]] = {
@@ -62,6 +62,7 @@ RATES: dict[str, dict[str, float]] = {
 COMPARISONS = (
     ("capro", "plain"),
     ("capro", "random anchors"),
+    ("random anchors", "plain"),
     ("capro+text", "plain"),
     ("capro+text", "capro"),
 )
@@ -294,13 +295,41 @@ def ambiguous_classes(manifest: Manifest) -> npt.NDArray[np.bool_]:
     return np.asarray(right < 2 / 3 * count)
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The result of `reproduce_capro` as a Markdown table: means over seeds, and the difference to plain training.
+
+    Examples
+    --------
+    >>> arms = {a: {"macro": [0.5, 0.6]} for a in ("plain", "capro")}
+    >>> comparison = {"method": "capro", "baseline": "plain", "verdict": "inconclusive"}
+    >>> comparison["macro"] = comparison["macro_ambiguous"] = {"value": 0.0, "low": -0.1, "high": 0.1}
+    >>> print(markdown({"data": {"x": {"arms": arms, "comparisons": [comparison]}}}).splitlines()[-1])
+    | x | capro | 55.0 | +0.0 [-10.0, +10.0] | +0.0 [-10.0, +10.0] | inconclusive |
+    """
+    lines = [
+        "| data | training | accuracy, % | against plain | ambiguous classes | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in result["data"].items():
+        for arm, values in found["arms"].items():
+            c = next((c for c in found["comparisons"] if (c["method"], c["baseline"]) == (arm, "plain")), None)
+            told = ["", "", ""]
+            if c is not None:
+                told = [
+                    f"{100 * v['value']:+.1f} [{100 * v['low']:+.1f}, {100 * v['high']:+.1f}]"
+                    for v in (c["macro"], c["macro_ambiguous"])
+                ] + [c["verdict"]]
+            lines.append(f"| {name} | {arm} | {100 * np.mean(values['macro']):.1f} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
 def _draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.4), squeeze=False, layout="constrained")
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for place, entry in enumerate(reversed(result["comparisons"])):
             for key, shift, colour in (("macro", 0.12, "#1f5fa8"), ("macro_ambiguous", -0.12, "#c26a1b")):
@@ -313,6 +342,6 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         axis.axvline(0, color="grey", lw=0.8)
         axis.set_xlabel("points of accuracy, mean over classes", fontsize=8)
         axis.set_title(f"{name}: {result['verdict']}", fontsize=10)
-    axes[0][-1].legend(fontsize=7, loc="best")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
