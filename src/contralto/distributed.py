@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "is_main", "rank", "world_size"]
+__all__ = ["gather_rows", "is_main", "mean_weight", "rank", "world_size"]
 
 
 def is_distributed() -> bool:
@@ -28,7 +28,9 @@ def is_main() -> bool:
 
 @torch.no_grad()
 def gather_rows(x: Tensor) -> Tensor:
-    """The rows of all processes in rank order, without gradient.
+    """The rows of all processes in the order of the global batch, without gradient.
+
+    Samples are dealt to the ranks in turn (`data.dataset.EpochSampler`), so row p of rank r stands at place p * ranks + r.
 
     Parameters
     ----------
@@ -54,4 +56,20 @@ def gather_rows(x: Tensor) -> Tensor:
     padded[: x.shape[0]] = x
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)])
+    there = torch.arange(max(sizes))[:, None] < torch.tensor(sizes)  # (rows, ranks)
+    return torch.stack(parts, 1)[there.to(x.device)]
+
+
+def mean_weight(count: Tensor) -> float:
+    """What a mean over `count` local rows is multiplied by, so that the mean over ranks is the mean over all rows.
+
+    Examples
+    --------
+    >>> mean_weight(torch.tensor(3))
+    1.0
+    """
+    if not is_distributed() or world_size() == 1:
+        return 1.0
+    total = count.detach().clone()
+    dist.all_reduce(total)
+    return int(count) * world_size() / max(int(total), 1)

@@ -157,6 +157,8 @@ def test_without_clean_labels_and_without_texts_it_still_works(tmp_path):
 def test_wrong_use_is_named(tiny_parquet, tmp_path):
     with pytest.raises(UsageError, match="no argument 'nonsense'"):
         Job(str(tiny_parquet), tmp_path / "r", {"nonsense": 1})
+    with pytest.raises(UsageError, match="one device"):
+        Job(str(tiny_parquet), tmp_path / "r", {"devices": 2})
     with pytest.raises(UsageError, match="no preset is called 'huge'"):
         load_preset("huge")
     with pytest.raises(UsageError, match="queue_size 24 is smaller than a batch of 100"):

@@ -176,7 +176,7 @@ def fit_capro(
     baseline : bool
         Train the plain baseline too when there are clean test labels.
     workers, accelerator, devices, precision, strategy
-        Of loaders and Lightning's Trainer.
+        Of loaders and Lightning's Trainer; `devices` must be 1 yet.
     seed : int
         Of everything that is drawn, but for the views of `frozen_features`, which are the same for all seeds.
     cache : path, optional
@@ -247,6 +247,8 @@ class Job:
             if p.default is not p.empty and k not in ("progress", "stage")
         }
         self.arguments = defaults | self.arguments
+        if self.arguments["devices"] != 1:
+            raise UsageError("this job trains on one device; CAPro itself runs on several under a Trainer of your own")
         self.console = Console(stderr=True, quiet=not self.progress)
 
     @property

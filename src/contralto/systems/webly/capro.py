@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
-from contralto.distributed import gather_rows
+from contralto.distributed import gather_rows, mean_weight, world_size
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import freeze, unfreeze
 from contralto.errors import UsageError
@@ -233,9 +233,9 @@ class CAPro(LightningModule):
             kept = torch.ones_like(label, dtype=torch.bool)
         # 8. Prototypes move, in the order of the batch, with kept samples and corrected labels.
         if prototypes_on and h.update_proto_freq and epoch % h.update_proto_freq == 0:
-            self.prototypes.copy_(
-                ema_update(prototypes, gather_rows(z[kept]), gather_rows(label[kept]), h.momentum_prototype)
-            )
+            all_kept, all_z, all_labels = gather_rows(kept), gather_rows(z), gather_rows(label)
+            moved = ema_update(prototypes, all_z[all_kept], all_labels[all_kept], h.momentum_prototype)
+            self.prototypes.copy_(moved)
         # 9. Losses: instance contrast on all rows, the others on the kept ones.
         out: dict[str, Tensor] = {}
         if h.stage != "finetune":
@@ -260,6 +260,11 @@ class CAPro(LightningModule):
                 out["loss_pro"] = h.lambda_pro * contrast(
                     z[kept], prototypes, positives=label[kept], temperature=h.temperature, normalize=False
                 )
+        elif world_size() > 1:  # every rank must reach all parameters
+            out["loss_cls"] = 0.0 * (logits.sum() + aux.sum() + reconstruction.sum())
+        if world_size() > 1:
+            share = mean_weight(kept.sum())
+            out = {k: v if k == "loss_ins" else share * v for k, v in out.items()}
         if h.stage == "finetune" and h.mixup > 0:
             out["loss_mixup"] = self._mixup(batch["views"][0], label, epoch, batch_idx)
         out["loss"] = torch.stack(list(out.values())).sum()
