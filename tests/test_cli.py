@@ -71,6 +71,15 @@ def test_predict_and_embed_write_a_row_per_picture(finished, tiny_parquet, capsy
     assert "1 predictions" in out
 
 
+def test_names_from_outside_are_no_markup_of_the_terminal(finished, capsys, tmp_path):
+    (tmp_path / "data" / "red").mkdir(parents=True)
+    (tmp_path / "data" / "red" / "[bold red]a\x1b[31m.png").write_bytes(picture((200, 30, 40), 1))
+    code, out, _ = run(capsys, "predict", finished, tmp_path / "data", "--out", tmp_path / "o.parquet")
+    assert code == 0
+    assert "[bold red]a" in out
+    assert "\x1b" not in out
+
+
 def test_clean_and_report_write_their_files_again(finished, capsys, tmp_path):
     code, out, _ = run(capsys, "clean", finished, "--out", tmp_path / "list", "--json")
     assert code == 0

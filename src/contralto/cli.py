@@ -505,6 +505,7 @@ def _named_preset(argv: Sequence[str]) -> str | None:
 
 def _pictures(data: str, image_column: str | None) -> tuple[list[str], list[bytes]]:
     from contralto.data.images import ImageError, probe_image
+    from contralto.data.ingest import clean_name
     from contralto.data.sources import IMAGE_SUFFIXES, read_records
 
     if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
@@ -517,9 +518,9 @@ def _pictures(data: str, image_column: str | None) -> tuple[list[str], list[byte
             probe_image(record.data)
         except ImageError as error:
             skipped += 1
-            print(f"skipped {record.id}: {error}", file=sys.stderr)
+            print(f"skipped {clean_name(record.id)}: {error}", file=sys.stderr)
             continue
-        ids.append(record.id)
+        ids.append(clean_name(record.id))
         pictures.append(record.data)
     if not ids:
         raise DataError(f"not one usable image ({skipped} skipped)", file=data)
@@ -580,7 +581,7 @@ def _print_summary(result: dict[str, Any], seconds: float) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False)  # names and ids from outside are no markup
 
 
 def _table(*columns: str) -> Any:

@@ -22,7 +22,7 @@ from contralto.data.manifest import MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, 
 from contralto.data.sources import Record, read_records, root_of
 from contralto.errors import DataError
 
-__all__ = ["ROLES", "find_columns", "ingest"]
+__all__ = ["ROLES", "clean_name", "find_columns", "ingest"]
 
 ROLES: dict[str, tuple[str, ...]] = {
     "id": ("id", "image_id", "uid", "uuid", "key"),
