@@ -167,6 +167,10 @@ def test_wrong_use_is_named(tiny_parquet, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="is not empty and holds no run"):
         fit_capro(str(tiny_parquet), tmp_path / "full", **TINY)
+    with pytest.raises(DataError, match="no such file"):
+        fit_capro("/nowhere", tmp_path / "again", **TINY)
+    with pytest.raises(DataError, match="nothing else"):  # a folder in which nothing was done yet may be taken again
+        fit_capro("/nothing else", tmp_path / "again", **TINY)
     one = tmp_path / "one.parquet"
     pq.write_table(pa.table({"image": [picture((99, 9, 9), i) for i in range(3)], "query": ["a"] * 3}), one)
     with pytest.raises(DataError, match="at least two classes"):

@@ -268,7 +268,7 @@ class Job:
             "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())},
             "extensions": self._extensions(),
         }
-        if path.exists():
+        if path.exists() and (self.out / "manifest").exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             same = {k: before.get(k) == config[k] for k in ("data", "arguments")}
             if not all(same.values()):
@@ -277,7 +277,7 @@ class Job:
                     f"{self.out} holds a run with other arguments ({', '.join(changed) or 'data'}): choose another --out, "
                     f"or delete that folder"
                 )
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif not path.exists() and self.out.exists() and any(self.out.iterdir()):
             raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self._write_json("config.json", config)
