@@ -1,4 +1,4 @@
-"""Neighbours, re-ranking, smoothing and matching against the official values, slow references and the card's invariants."""
+"""Neighbours, re-ranking, smoothing and matching against the official values, slow references and invariants."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def unit(rng, *shape, dtype=np.float64):
 
 
 def slow_rerank(probe, gallery, k1, k2, weight):
-    """The card's steps a to g, one element at a time."""
+    """Steps a to g of CAPro 3.2, one element at a time."""
     X = np.concatenate([probe, gallery])
     n, p = len(X), len(probe)
     D = np.array([[((a - b) ** 2).sum() for b in X] for a in X])

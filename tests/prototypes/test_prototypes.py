@@ -48,7 +48,7 @@ def test_class_means_leave_out_unlabelled_rows_and_empty_classes_are_zero():
 
 
 def by_rules(r, given_label, anchor, threshold, keep):
-    """Card 5.6 for one sample."""
+    """CAPro 5.6 for one sample."""
     if anchor:
         return given_label, Verdict.ANCHOR
     best = int(r.argmax())

@@ -150,7 +150,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def filter_reason(
     image: npt.NDArray[np.uint8], *, min_side: int = 32, max_aspect: float = 5.0, blank_share: float | None = 0.8
 ) -> str | None:
-    """Why a picture is of no use, or None (CAPro card 0.1).
+    """Why a picture is of no use, or None (CAPro 0.1).
 
     Parameters
     ----------

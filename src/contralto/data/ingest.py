@@ -116,7 +116,7 @@ def ingest(
     image_column, label_column, text_column, id_column, split_column, clean_column, group_column : str, optional
         Columns or JSON keys; found by common names (`ROLES`) when not named. Several text columns are joined with commas.
     image_filter : bool
-        Leave out pictures that are too small, too long or blank (CAPro card 0.1), with `min_side` and `blank_share`.
+        Leave out pictures that are too small, too long or blank (CAPro 0.1), with `min_side` and `blank_share`.
     max_text : int
         Texts are cut to this many characters.
     workers : int

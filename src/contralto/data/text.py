@@ -36,7 +36,7 @@ def words_of(text: str) -> list[str]:
 
 
 def clean_text(text: str, *, keep: Collection[str] = frozenset(), words: Literal["english", "any"] = "english") -> str:
-    """Clean one text (CAPro card 0.4, in its order).
+    """Clean one text (CAPro 0.4, in its order).
 
     Lower case; image suffixes, entities, tags, addresses and line breaks away; then word by word: digits away, words of at
     most two letters, with other signs, stop words and unknown words away. Words of `keep` always survive: names of

@@ -10,7 +10,7 @@ __all__ = ["Queue"]
 
 
 class Queue(nn.Module):
-    """The last keys of the momentum encoder (MoCo; CAPro card 5.3). Part of the state dict.
+    """The last keys of the momentum encoder (MoCo; CAPro 5.3). Part of the state dict.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ Normalisation = Literal["row", "symmetric"]
 
 
 def adjacency(index: npt.NDArray[np.int64], distance: npt.NDArray[Any], *, edge: Edge = "similarity") -> Any:
-    """Symmetric sparse graph from neighbour lists (CAPro card 3.4).
+    """Symmetric sparse graph from neighbour lists (CAPro 3.4).
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def smooth(
     normalisation: Normalisation | None = None,
     degree: int = 1,
 ) -> npt.NDArray[Any]:
-    """Simple graph convolution: every row becomes a weighted mean over its neighbours (card 3.4, 3.5).
+    """Simple graph convolution: every row becomes a weighted mean over its neighbours (CAPro 3.4, 3.5).
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ Array = npt.NDArray[np.float32]
 def knn(
     features: npt.ArrayLike, k: int, *, queries: npt.ArrayLike | None = None
 ) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Exact k nearest neighbours by cosine (CAPro card 3.1).
+    """Exact k nearest neighbours by cosine (CAPro 3.1).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Matching texts to class definitions, and the anchors that come of it (CAPro card, stage 4)."""
+"""Matching texts to class definitions, and the anchors that come of it (CAPro 4)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,7 +57,7 @@ def match_texts(
     labels : array (N,)
         Given labels, -1 = none.
     method : {"rerank", "cosine", "discriminative"}
-        How `distance` is measured. "rerank" (card 4.1): k-reciprocal distance of the definition to the texts of its class.
+        How `distance` is measured. "rerank" (CAPro 4.1): k-reciprocal distance of the definition to the texts of its class.
         "cosine": 1 - cosine. "discriminative": 1 - P(given class | text), which asks whether the text fits this class
         better than the others; far better on short titles, where all texts are far from all definitions.
     k1, k2, weight : int, int, float
@@ -103,7 +103,7 @@ def match_texts(
 def select_anchors(
     matching: Matching, labels: npt.NDArray[np.int64], k: int, *, generator: np.random.Generator | None = None
 ) -> npt.NDArray[np.bool_]:
-    """The anchors of every class (card 4.3).
+    """The anchors of every class (CAPro 4.3).
 
     Parameters
     ----------

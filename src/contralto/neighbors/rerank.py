@@ -1,6 +1,6 @@
 """k-reciprocal re-ranking (Zhong et al. 2017), batched: distances that look at who shares whose neighbours.
 
-The algorithm is CAPro's (card 3.2), on the set X = [probes; gallery] of n rows: squared Euclidean distances, every column
+The algorithm is CAPro's (3.2), on the set X = [probes; gallery] of n rows: squared Euclidean distances, every column
 divided by its maximum, then transposed (a); reciprocal neighbours (b) and their expansion (c); Gaussian weights (d); mean
 over the k2 nearest (e); Jaccard distance (f); mixed with the original distance (g).
 """
@@ -72,7 +72,7 @@ _LARGEST = 4000
 def rerank_lists(
     probe: npt.ArrayLike, lists: npt.ArrayLike, *, k1: int = 20, k2: int = 6, weight: float = 0.3, chunk: int = 512
 ) -> npt.NDArray[Any]:
-    """Re-rank many short neighbour lists, each within itself (card 3.2: one probe, its k0 rows).
+    """Re-rank many short neighbour lists, each within itself (CAPro 3.2: one probe, its k0 rows).
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def neighbour_graph(
     k2: int = 6,
     weight: float = 0.3,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """The k nearest of each sample after re-ranking (card 3.1 to 3.3; without re-ranking 3.6).
+    """The k nearest of each sample after re-ranking (CAPro 3.1 to 3.3; without re-ranking 3.6).
 
     Parameters
     ----------

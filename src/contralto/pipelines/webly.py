@@ -158,21 +158,21 @@ def fit_capro(
     class_text : {"name+definition", "definition", "name"}
         What stands for a class.
     text_words : {"raw", "english", "any"}
-        Texts as found, or cleaned (card 0.4) of what is not in a list of English words, or of junk only.
+        Texts as found, or cleaned (CAPro 0.4) of what is not in a list of English words, or of junk only.
     drop_even : bool
         Drop words spread evenly over the classes, such as brands.
     enhance : bool
-        Smooth the texts over visual neighbours (card stage 3), by `use_rerank`, `neighbours`, `kept_neighbours`, `k1`, `k2`,
+        Smooth the texts over visual neighbours (CAPro 3), by `use_rerank`, `neighbours`, `kept_neighbours`, `k1`, `k2`,
         `rerank_weight`, `edge`, `self_weight`, `normalisation`, `degree`.
     match : {"rerank", "cosine", "discriminative"}
-        How texts and definitions are compared (card stage 4).
+        How texts and definitions are compared (CAPro 4).
     anchors : int, optional
         K per class; negative = random ones; None = by `scale_rule`.
     batch_size : int
     class_balanced : bool
         Extension: draw all classes equally often, in every stage and in the baseline.
     sample_weights : {"none", "frequency", "text"}
-        Card 6.3: n_c / median(n), or the text's cosine to its class (images with a negative one are left out).
+        CAPro 6.3: n_c / median(n), or the text's cosine to its class (images with a negative one are left out).
     baseline : bool
         Train the plain baseline too when there are clean test labels.
     workers, accelerator, devices, precision, strategy
@@ -517,7 +517,7 @@ class Job:
     # Neighbours, texts, matching.
 
     def match(self) -> Matching:
-        """Stages 3 and 4 of the card: enhance the texts over visual neighbours, match them, choose anchors."""
+        """CAPro 3 and 4: enhance the texts over visual neighbours, match them, choose anchors."""
         a = self.arguments
         with self._timed("matching", f"{a['text_encoder']} texts against {self.num_classes} definitions"):
             texts = self._clean_texts()
@@ -596,7 +596,7 @@ class Job:
     # What comes out.
 
     def scores(self, stage: Stage = "capro") -> dict[str, Array]:
-        """Scores of the training pictures by card 6.1, `classifier`, `auxiliary`, `prototype`, `fused`, `embedding`."""
+        """Scores of the training pictures by CAPro 6.1, `classifier`, `auxiliary`, `prototype`, `fused`, `embedding`."""
         module = self.modules[stage].eval().cpu()
         encoder = self.encoder()
         parts: dict[str, list[Tensor]] = {}
@@ -606,7 +606,7 @@ class Job:
         return {k: torch.cat(v).numpy() for k, v in parts.items()}
 
     def clean(self) -> pa.Table:
-        """The cleaned list (card 6.1): a verdict, a new label and all scores for every training picture."""
+        """The cleaned list (CAPro 6.1): a verdict, a new label and all scores for every training picture."""
         a = self.arguments
         with self._timed("cleaning", "judging every label"):
             s = self.scores()

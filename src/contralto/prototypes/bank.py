@@ -13,7 +13,7 @@ __all__ = ["class_means", "ema_update", "prototype_logits"]
 
 
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Unit mean of every class (CAPro card 4.5: sum over count + 1e-6, normalised); a class without samples is zero.
+    """Unit mean of every class (CAPro 4.5: sum over count + 1e-6, normalised); a class without samples is zero.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def ema_update(prototypes: Tensor, embeddings: Tensor, labels: Tensor, momentum: float) -> Tensor:
-    """Move prototypes towards the samples, one after the other, then normalise once (CAPro card 5.7, closed form).
+    """Move prototypes towards the samples, one after the other, then normalise once (CAPro 5.7, closed form).
 
     After the samples z_1 .. z_n of class c in batch order::
 

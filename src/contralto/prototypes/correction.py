@@ -37,7 +37,7 @@ class Correction(NamedTuple):
 def correct_labels(
     scores: Tensor, labels: Tensor, anchors: Tensor, *, threshold: float, keep_threshold: float | None = None
 ) -> Correction:
-    """Keep, correct or drop every label by a fused score (CAPro card 5.6, in its order).
+    """Keep, correct or drop every label by a fused score (CAPro 5.6, in its order).
 
     1. An anchor keeps its label. 2. Else, if the best class scores at least `threshold`, the label becomes that class.
     3. Else, if the given class scores at least `keep_threshold`, it is kept. 4. Else the sample is off-topic.

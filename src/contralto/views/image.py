@@ -109,12 +109,12 @@ class EvalView:
 
 
 def weak_view(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> View:
-    """CAPro's weak view (card 5.9): crop of 80 to 100 %, flip, lighting."""
+    """CAPro's weak view (5.9): crop of 80 to 100 %, flip, lighting."""
     return View(size, scale=(0.8, 1.0), mean=mean, std=std)
 
 
 def strong_view(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> View:
-    """CAPro's strong view (card 5.9): crop of 20 to 100 %, grey, colour jitter, flip, lighting."""
+    """CAPro's strong view (5.9): crop of 20 to 100 %, grey, colour jitter, flip, lighting."""
     return View(size, scale=(0.2, 1.0), grayscale=0.2, jitter=0.4, mean=mean, std=std)
 
 

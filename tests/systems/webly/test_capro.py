@@ -1,4 +1,4 @@
-"""CAPro's step against values of the official code and against a slow reference written from the card; its invariants."""
+"""CAPro's step against values of the official code and against a slow reference; its invariants."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_one_step_equals_the_official_code(case):
 
 
 def slow_step(system, batch, epoch):
-    """One step written from the card, sample by sample, with its own loops; returns loss, r, labels, prototypes, queue."""
+    """One step, sample by sample, with its own loops; returns loss, r, labels, prototypes, queue."""
     h = system.hparams
     x, x2 = batch["views"]
     y, anchor, w = batch["label"].tolist(), batch["anchor"].tolist(), batch["weight"]
@@ -282,7 +282,7 @@ def test_mixup_is_a_function_of_seed_epoch_and_batch():
     assert not torch.allclose(system.step(batch, 3, 2)["loss_mixup"], first)
 
 
-def test_stage_epochs_and_schedule_follow_the_card():
+def test_stage_epochs_and_schedule_follow_the_paper():
     arguments = {"vanilla_epochs": 120, "epochs": 60, "finetune_epochs": 15}
     assert [stage_epochs(arguments, s) for s in ("plain", "vanilla", "capro", "finetune")] == [195, 120, 60, 15]
     expected = [max(e, 1) / 5 if e <= 5 else 0.5 * (1 + np.cos(np.pi * (e - 5) / 55)) for e in range(60)]

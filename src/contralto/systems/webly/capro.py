@@ -7,6 +7,22 @@ of recent samples correct labels and drop off-topic images while it trains.
 
 Paper: "CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes", NeurIPS 2023, arXiv 2310.09761.
 
+The method, in the numbered steps to which the docstrings of the parts refer as "CAPro 5.6":
+
+- 0.1 leave out tiny, long and blank pictures; 0.4 clean the texts.
+- 2   *vanilla*: train with the losses of 5.4 but without prototypes and cleaning.
+- 3.1 exact k nearest neighbours of every picture by the vanilla features; 3.2 k-reciprocal re-ranking of each list within
+  itself; 3.3 the nearest of them become edges; 3.4 a symmetric, normalised graph; 3.5 texts smoothed along it; 3.6 the same
+  without re-ranking.
+- 4.1 distance of every (smoothed) text to the definition of its class; 4.3 the K nearest per class are anchors, whose labels
+  hold for good; 4.5 prototypes start as the means of their anchors in the space of the momentum encoder.
+- 5.2 momentum encoder, 5.3 queue of its keys; 5.4 losses: classification, auxiliary classification of the embedding, instance
+  contrast against the queue, reconstruction of the features, prototype contrast; 5.5 collective bootstrapping: a soft target
+  looked up among the keys of the queue; 5.6 correction: r = alpha softmax(classifier) + (1 - alpha) softmax(prototypes), and
+  in this order: anchors hold, max r >= gamma corrects, r of the given class >= 1/C keeps, the rest is off-topic; 5.7 prototypes
+  move by kept samples; 5.8 warm-up and cosine; 5.9 weak and strong views; 5.10 only the classifier is used afterwards.
+- 6.1 judge all training pictures once by 5.6; 6.2 fine-tune the classifiers on what is left, with mixup; 6.3 sample weights.
+
 Where paper, released code and this file differ: the encoder is frozen for the first epochs and then released, as the
 figure shows (the released trainer never releases it); sample weights act per sample (there, an outer product makes them a
 constant); text edges are similarities by default (there, distances). Arguments that the paper does not have are off by
@@ -54,7 +70,7 @@ class CAPro(LightningModule):
         D_v, width of the features.
     stage : {"plain", "vanilla", "capro", "finetune"}
         "plain" is the baseline: cross-entropy on the given labels, as many epochs as the other three together. "vanilla"
-        (card stage 2) has no prototypes and no cleaning, "capro" (stage 5) has all, "finetune" (stage 6) trains the
+        (CAPro 2) has no prototypes and no cleaning, "capro" (stage 5) has all, "finetune" (stage 6) trains the
         classifiers on the cleaned list with the encoder frozen.
     epochs, lr, warmup_epochs : int, float, int
         Of stage "capro". SGD with momentum 0.9, linear warm-up, cosine.
@@ -88,7 +104,7 @@ class CAPro(LightningModule):
     lambda_ins, lambda_recn, lambda_pro : float
         Weights of instance contrast, reconstruction and prototype contrast.
     label_reference : int
-        Which soft target is used where (card, alternative modes): 0 none, 1 own softmax, 2 uniform, 3 own confidence,
+        Which soft target is used where (0 to 10, baselines of the paper): 0 none, 1 own softmax, 2 uniform, 3 own confidence,
         4 confidence of the fused score, 5 neighbours in the batch, 6 prototypes, 7 collective bootstrapping on the
         auxiliary head (CAPro), 8 auxiliary softmax for the main head, 9 collective bootstrapping on the main head,
         10 own softmax on the auxiliary head.
@@ -177,7 +193,7 @@ class CAPro(LightningModule):
         # Set by the training job: yields the views and labels of the anchors, for 4.5.
         self.anchor_batches: Any = None
 
-    # One training step, in the order of the card.
+    # One training step, in the order of the method.
 
     def step(self, batch: Batch, epoch: int, batch_idx: int = 0) -> dict[str, Tensor]:
         """Losses of one batch; moves momentum encoder, queue and prototypes.
@@ -284,7 +300,7 @@ class CAPro(LightningModule):
 
     @torch.no_grad()
     def _fused_scores(self, logits: Tensor, z: Tensor, prototypes: Tensor, text_scores: Tensor | None) -> Tensor:
-        """The scores r of card 5.6; with `text_weight` the text has its say."""
+        """The scores r of CAPro 5.6; with `text_weight` the text has its say."""
         h = self.arguments
         near = prototype_logits(z, prototypes.to(z.dtype), h.temperature).softmax(1)
         fused: Tensor = h.alpha * logits.softmax(1) + (1 - h.alpha) * near
@@ -342,7 +358,7 @@ class CAPro(LightningModule):
         return {"loss_cls": (weight * hard).mean(), "loss_aux": (weight * hard_aux).mean()}
 
     def _mixup(self, x: Tensor, label: Tensor, epoch: int, batch_idx: int) -> Tensor:
-        """Card 6.2: one Beta draw per batch, inputs and losses mixed; the draw is a function of (seed, epoch, batch)."""
+        """CAPro 6.2: one Beta draw per batch, inputs and losses mixed; the draw is a function of (seed, epoch, batch)."""
         rng = np.random.default_rng([self.arguments.seed, epoch, batch_idx])
         share = float(rng.beta(self.arguments.mixup, self.arguments.mixup))
         order = torch.from_numpy(rng.permutation(len(x))).to(x.device)
@@ -407,7 +423,7 @@ class CAPro(LightningModule):
 
     @torch.no_grad()
     def init_prototypes(self) -> None:
-        """Set every prototype to the mean of its anchors (card 4.5): evaluation mode, momentum encoder and projector."""
+        """Set every prototype to the mean of its anchors (CAPro 4.5): evaluation mode, momentum encoder and projector."""
         training = self.training
         self.eval()
         embeddings, labels = [], []
@@ -420,13 +436,13 @@ class CAPro(LightningModule):
     # What is learnt, applied.
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class probabilities (B, C) of the classifier, all that is used at inference (card 5.10)."""
+        """Class probabilities (B, C) of the classifier, all that is used at inference (CAPro 5.10)."""
         probabilities: Tensor = self.classifier(self.encoder(x)).softmax(1)
         return probabilities
 
     @torch.no_grad()
     def score(self, x: Tensor, text_scores: Tensor | None = None) -> dict[str, Tensor]:
-        """All scores of card 6.1 for a batch of inputs.
+        """All scores of CAPro 6.1 for a batch of inputs.
 
         Returns
         -------
@@ -477,7 +493,7 @@ def scale_rule(n_images: int, num_classes: int) -> dict[str, Any]:
 
 
 def lr_factor(epoch: int, warmup: int, epochs: int) -> float:
-    """Learning rate of an epoch over the base rate (card 5.8): linear warm-up, then cosine.
+    """Learning rate of an epoch over the base rate (CAPro 5.8): linear warm-up, then cosine.
 
     Examples
     --------
@@ -490,7 +506,7 @@ def lr_factor(epoch: int, warmup: int, epochs: int) -> float:
 
 
 def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
-    """Soft labels looked up in the dictionary of recent keys (card 5.5), without gradient.
+    """Soft labels looked up in the dictionary of recent keys (CAPro 5.5), without gradient.
 
     Every key votes in proportion to its positive cosine: ``a_ij = clip(z_i . z'_j, 0, 1) + 1e-7``, rows scaled to sum 1.
 
