@@ -12,7 +12,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "contralto"
 ROOMS = [
-    "errors", "distributed", "data", "views", "encoders", "losses", "prototypes", "neighbors", "memory", "evaluation", "systems",
+    "errors", "files", "distributed", "data", "views",
+    "encoders", "losses", "prototypes", "neighbors", "memory", "evaluation", "systems",
     "training", "pipelines", "review", "claims", "cli",
 ]  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

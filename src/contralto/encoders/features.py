@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from contralto.files import write_atomically
 
 __all__ = ["cached_array", "encode_batches"]
 
@@ -55,12 +56,14 @@ def cached_array(
         except (ValueError, OSError) as error:
             warnings.warn(f"{path} cannot be read ({error}) and is computed again", stacklevel=2)
     array = compute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-    temporary.replace(path)
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    write_atomically(path, lambda part: _save(part, array))
+    write_atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
     return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    with path.open("wb") as file:  # np.save would add a suffix to a path
+        np.save(file, array, allow_pickle=False)
 
 
 def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str = "cpu") -> npt.NDArray[np.float16]:

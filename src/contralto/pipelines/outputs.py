@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import torch
 
-from contralto.training.fit import write_atomically
+from contralto.files import write_atomically
 
 __all__ = ["environment", "model_card", "write_cleaned_csv"]
 

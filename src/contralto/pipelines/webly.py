@@ -45,6 +45,7 @@ from contralto.encoders.text import text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import noise_metrics
+from contralto.files import remove_leftovers, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
 from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
@@ -52,7 +53,7 @@ from contralto.pipelines.outputs import environment, model_card, write_cleaned_c
 from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
 from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
 from contralto.systems.webly.model import WebClassifier
-from contralto.training.fit import fit_stage, write_atomically
+from contralto.training.fit import fit_stage
 from contralto.views.image import EvalView, View, strong_view, view_generator, weak_view
 
 __all__ = ["PRESETS", "Job", "estimate_cost", "fit_capro", "load_preset"]
@@ -280,6 +281,7 @@ class Job:
         elif not path.exists() and self.out.exists() and any(self.out.iterdir()):
             raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.out)
         self._write_json("config.json", config)
         self._write_json("environment.json", environment())
         if (self.out / "seconds.json").exists():

@@ -27,6 +27,7 @@ from contralto.data.manifest import Manifest
 from contralto.errors import DataError
 from contralto.evaluation.classification import per_class_accuracy
 from contralto.evaluation.noise import risk_coverage
+from contralto.files import write_atomically
 from contralto.review.charts import bar_pairs, curve, heat_map, scatter
 
 __all__ = ["write_report"]
@@ -118,7 +119,7 @@ def write_report(
         left_out=left_out,
     )
     target = Path(out) if out is not None else run / "report.html"
-    target.write_text(html, encoding="utf-8")
+    write_atomically(target, lambda path: path.write_text(html, encoding="utf-8"))
     return target
 
 

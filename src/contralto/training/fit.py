@@ -7,7 +7,6 @@ interrupted one continues after its last whole epoch, with the same result as if
 
 import json
 import logging
-import os
 import signal
 import threading
 import time
@@ -27,8 +26,9 @@ from torch.utils.data import DataLoader
 
 from contralto import distributed
 from contralto.errors import ContraltoError, UsageError
+from contralto.files import write_atomically
 
-__all__ = ["fit_stage", "write_atomically"]
+__all__ = ["fit_stage"]
 
 
 def fit_stage(
@@ -89,26 +89,6 @@ def fit_stage(
     else:
         module.load_state_dict(load_file(folder / "weights.safetensors"))
     return module.eval()
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write` with a temporary path, then put the finished file in its place: never half a file under its name.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
-    >>> write_atomically(target, lambda path: path.write_text("whole"))
-    >>> target.read_text()
-    'whole'
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
@@ -179,13 +159,14 @@ class _Epochs(Checkpoint):
         trainer.save_checkpoint(self.folder / ".last.part")
         if not trainer.is_global_zero:
             return
-        (self.folder / ".last.part").replace(self.folder / "last.ckpt")
         path = self.folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         earlier = [line for line in lines if json.loads(line)["epoch"] < trainer.current_epoch]
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         now = json.dumps({"epoch": trainer.current_epoch, "lr": rate, **{k: round(v, 6) for k, v in metrics.items()}})
         write_atomically(path, lambda p: p.write_text("\n".join([*earlier, now]) + "\n", encoding="utf-8"))
+        # Last: killed before this line, the epoch is done again and its line of metrics is written over.
+        (self.folder / ".last.part").replace(self.folder / "last.ckpt")
 
 
 class _Bar(Callback):

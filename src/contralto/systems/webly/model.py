@@ -18,6 +18,7 @@ from contralto.data.images import decode_image
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
+from contralto.files import write_atomically
 from contralto.views.image import EvalView
 
 __all__ = ["Predictions", "WebClassifier", "load"]
@@ -126,11 +127,11 @@ class WebClassifier(nn.Module):
         """Write `config.json`, `model.safetensors` and the model card into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors"
-        )
-        (folder / "config.json").write_text(json.dumps(self.config, indent=1, ensure_ascii=False), encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        config = json.dumps(self.config, indent=1, ensure_ascii=False)
+        write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+        write_atomically(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
+        write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
     def _batches(self, pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
         device = self.classifier.weight.device

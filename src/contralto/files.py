@@ -1,0 +1,50 @@
+"""Writing files so that a process that is killed leaves whole files, or none."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["remove_leftovers", "write_atomically"]
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary path, then put the finished file in its place: never half a file under its name.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "a.txt"
+    >>> write_atomically(target, lambda path: path.write_text("whole"))
+    >>> target.read_text()
+    'whole'
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the name must not point at bytes that a power cut can still lose
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what killed writers left half done under a folder that belongs to this process alone.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / ".a.txt.123.part").write_text("ha")
+    >>> remove_leftovers(folder)
+    >>> list(folder.iterdir())
+    []
+    """
+    for path in Path(folder).rglob(".*.part"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
