@@ -36,26 +36,37 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
-def loader():
+def loader(workers=0):
     g = torch.Generator().manual_seed(0)
     views = [torch.randn(3, 20, 4, generator=g).numpy()]
     dataset = FeatureDataset(views, {"label": torch.randint(2, (20,), generator=g)}, seed=0)
-    return DataLoader(dataset, 8, sampler=EpochSampler(20, seed=0), collate_fn=lambda batch: batch)
+    return DataLoader(dataset, 8, sampler=EpochSampler(20, seed=0), collate_fn=as_it_is, num_workers=workers)
 
 
-def fit(module, folder, fingerprint="x"):
+def as_it_is(batch):
+    return batch
+
+
+def fit(module, folder, fingerprint="x", workers=0):
     return fit_stage(
-        module, loader(), folder, epochs=5, fingerprint=fingerprint, progress=False, trainer={"accelerator": "cpu"}
+        module,
+        loader(workers),
+        folder,
+        epochs=5,
+        fingerprint=fingerprint,
+        progress=False,
+        trainer={"accelerator": "cpu"},
     )
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("epoch", [0, 1, 4])
-def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(tmp_path, epoch):
+def test_a_resumed_training_equals_an_uninterrupted_one_to_the_bit(tmp_path, epoch, workers):
     whole = fit(Tiny(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(Tiny(fails_at=epoch), tmp_path / "cut")
+        fit(Tiny(fails_at=epoch), tmp_path / "cut", workers=workers)
     assert not (tmp_path / "cut" / "done.json").exists()
-    resumed = fit(Tiny(), tmp_path / "cut")
+    resumed = fit(Tiny(), tmp_path / "cut", workers=workers)
     assert torch.equal(whole.layer.weight, resumed.layer.weight)
     logs = [(tmp_path / n / "metrics.jsonl").read_text() for n in ("whole", "cut")]
     assert logs[0] == logs[1]

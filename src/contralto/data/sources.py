@@ -401,8 +401,15 @@ def _parquet(fs: Any, root: str, path: str, image_column: str | None, allow_outs
         schema = parquet.schema_arrow
         column = _image_column(schema, image_column, path)
         row = 0
-        for batch in parquet.iter_batches(batch_size=256):
-            for cells in batch.to_pylist():
+        batches = parquet.iter_batches(batch_size=256)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                break
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise DataError(f"is damaged: {error}"[:200], file=path, row=row) from error
+            for cells in rows:
                 picture = cells.pop(column)
                 yield _cell_record(fs, base, source, column, picture, cells, row, allow_outside)
                 row += 1

@@ -107,7 +107,7 @@ def _train(
     if epochs == 0:
         return
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    callbacks: list[Callback] = [_Epochs(folder)]
+    callbacks: list[Callback] = [_Epochs(folder, loader)]
     if progress and distributed.is_main():
         callbacks.append(_Bar(folder.name, epochs))
     with warnings.catch_warnings():
@@ -146,11 +146,16 @@ class _Epochs(Checkpoint):
     A `Checkpoint`, because those run after the module has logged its epoch.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, loader: DataLoader[Any]) -> None:
+        self.folder, self.loader = folder, loader
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The trainer sets the epoch after it has made the first iterator, and loader workers fetch ahead of that.
+        if hasattr(self.loader.sampler, "set_epoch"):
+            self.loader.sampler.set_epoch(checkpoint["epoch"] + 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items())}
         if not all(map(torch.isfinite, map(torch.tensor, metrics.values()))):
             raise ContraltoError(
                 f"the loss is not a number in epoch {trainer.current_epoch} of stage {self.folder.name}: {metrics}. "
