@@ -3,6 +3,8 @@
 import io
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,29 @@ def picture(colour, seed, side=40, kind="PNG"):
     array = np.clip(np.array(colour) + rng.normal(0, 25, (side, side, 3)), 0, 255).astype(np.uint8)
     top, left = rng.integers(0, side // 2, 2)
     array[top : top + 6, left : left + 6] = 250
+    return encode(Image.fromarray(array), kind)
+
+
+def encode(image, kind, **options):
+    """A picture as encoded bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def bomb(side):
+    """A PNG whose header promises far more pixels than its few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tiny_rows(per_class=16, test_per_class=6, seed=0):

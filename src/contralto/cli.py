@@ -363,7 +363,7 @@ def reproduce(
         seeds: Number of paired trainings, from seed 0.
         quick: A small version that says nothing about the claim, for a look at the machinery.
     """
-    from contralto.claims.capro import reproduce_capro
+    from contralto.claims.capro import points, reproduce_capro
 
     if system != "capro":
         raise UsageError(f"no claim of {system!r} can be run; there is: capro")
@@ -372,7 +372,7 @@ def reproduce(
         table = _table("data", "method", "baseline", "mean over classes", "ambiguous classes", "verdict")
         for name, found in result["data"].items():
             for c in found["comparisons"]:
-                shown = [_interval(c[key]) for key in ("macro", "macro_ambiguous")]
+                shown = [points(c[key]) for key in ("macro", "macro_ambiguous")]
                 table.add_row(name, c["method"], c["baseline"], *shown, c["verdict"])
         _console().print(table)
         _console().print("\n".join(f"{name}: {found['verdict']}" for name, found in result["data"].items()))
@@ -592,10 +592,6 @@ def _table(*columns: str) -> Any:
 
 def _percent(x: float) -> str:
     return f"{100 * x:.1f} %"
-
-
-def _interval(v: dict[str, float]) -> str:
-    return f"{_points(v['value'])} [{_points(v['low'])}, {_points(v['high'])}]"
 
 
 def _points(x: float) -> str:

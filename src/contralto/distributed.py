@@ -47,7 +47,7 @@ def gather_rows(x: Tensor) -> Tensor:
     tensor([0., 1., 2.])
     """
     x = x.detach().contiguous()
-    if not is_distributed() or world_size() == 1:
+    if world_size() == 1:
         return x
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([x.shape[0]], device=x.device))
@@ -68,7 +68,7 @@ def mean_weight(count: Tensor) -> float:
     >>> mean_weight(torch.tensor(3))
     1.0
     """
-    if not is_distributed() or world_size() == 1:
+    if world_size() == 1:
         return 1.0
     total = count.detach().clone()
     dist.all_reduce(total)

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["remove_leftovers", "write_atomically"]
+from safetensors.torch import save_file
+from torch import nn
+
+__all__ = ["remove_leftovers", "save_weights", "write_atomically"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -29,6 +32,21 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_weights(module: nn.Module, path: str | Path) -> None:
+    """Write parameters and buffers as safetensors, on the CPU and contiguous.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "w.safetensors"
+    >>> save_weights(nn.Linear(2, 2), target)
+    >>> target.exists()
+    True
+    """
+    weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    write_atomically(path, lambda part: save_file(weights, part))
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -1,16 +1,13 @@
 """What goes wrong around a job: processes killed, disks full, crawls full of faults. Nothing done is lost, nothing is silent."""
 
 import errno
-import io
 import json
 import os
 import random
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ from contralto.cli import main
 from contralto.data.manifest import Manifest
 from contralto.pipelines.webly import fit_capro
 
-from tests.conftest import COLOURS, picture, tiny_rows
+from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
 from tests.tiny import FROZEN, TINY
 
 KILLS = int(os.environ.get("CONTRALTO_KILLS", "5"))  # of each kind; 20 and more on purpose
@@ -123,22 +120,6 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tiny_parquet, tmp_path, caps
     assert main([*words, "--json"]) == 0
     assert (run / "stages" / "capro" / "weights.safetensors").stat().st_mtime_ns == trained
     assert (run / "cleaned.parquet").exists()
-
-
-def bomb(side):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    )
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_path):

@@ -36,13 +36,23 @@ from contralto.data.definitions import load_definitions
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.errors import DataError, MissingExtraError, UsageError
-from contralto.evaluation.classification import accuracy_interval
+from contralto.evaluation.classification import accuracy_interval, per_class_accuracy
 from contralto.evaluation.noise import noise_metrics
+from contralto.files import write_atomically
 from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
 from contralto.systems.webly.capro import Stage, scale_rule
 
-__all__ = ["ARMS", "RATES", "ambiguous_classes", "choose_rates", "markdown", "reproduce_capro", "shared_manifest"]
+__all__ = [
+    "ARMS",
+    "RATES",
+    "ambiguous_classes",
+    "choose_rates",
+    "markdown",
+    "points",
+    "reproduce_capro",
+    "shared_manifest",
+]
 
 PAPER: dict[str, Any] = {"text_weight": 0.0, "keep_threshold": None}
 ARMS: dict[str, dict[str, Any]] = {
@@ -118,7 +128,8 @@ def reproduce_capro(
     if not quick:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "capro.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(result, indent=1) + "\n"
+        write_atomically(folder / "capro.json", lambda path: path.write_text(text, encoding="utf-8"))
         _draw(results, folder / "capro.png")
     return result
 
@@ -138,9 +149,7 @@ def choose_rates(
             waiting = list(GRID)
             while waiting:
                 rate = waiting.pop(0)
-                found = _arm(
-                    name, arm, DEVELOPMENT_SEED, Path(work) / "rates", shared, rate, quick=False, progress=False
-                )
+                found = _arm(name, arm, DEVELOPMENT_SEED, Path(work) / "rates", shared, rate, quick=False)
                 score[rate] = _macro(found)
                 print(name, arm, rate, round(score[rate], 4), flush=True)  # noqa: T201 (a log of a long search)
                 lowest = min(score)
@@ -187,9 +196,7 @@ def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path
     return folder
 
 
-def _arm(
-    name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, *, quick: bool, progress: bool
-) -> dict[str, Any]:
+def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, *, quick: bool) -> dict[str, Any]:
     """Train one arm and test it; what was found is kept, the weights are not."""
     folder = work / name / f"seed{seed}" / f"{arm}-{rate}{'-quick' if quick else ''}"
     done = folder / "found.json"
@@ -210,7 +217,7 @@ def _arm(
             "feature_views": 1,
             "text_encoder": "tfidf",
         }
-    job = Job(str(shared), folder, arguments, progress)
+    job = Job(str(shared), folder, arguments, progress=False)
     job.ingest()
     found: dict[str, Any] = {"labels": manifest.column("clean_label")[job.test_rows].tolist()}
     found["groups"] = manifest.column("group")[job.test_rows].tolist()
@@ -230,14 +237,14 @@ def _arm(
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
     found["predicted"] = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1).tolist()
     shutil.rmtree(folder / "stages")
-    done.write_text(json.dumps(found), encoding="utf-8")
+    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
     return found
 
 
 def _macro(found: dict[str, Any], only: npt.NDArray[np.bool_] | None = None) -> float:
     labels, predicted = np.array(found["labels"]), np.array(found["predicted"])
-    keep = np.ones(len(labels), bool) if only is None else only[labels]
-    return accuracy_interval((predicted == labels)[keep], labels[keep], macro=True, resamples=200).value
+    by_class = per_class_accuracy(labels, predicted, int(labels.max()) + 1)
+    return float(np.nanmean(by_class if only is None else by_class[only[: len(by_class)]]))
 
 
 def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: bool) -> dict[str, Any]:
@@ -248,9 +255,10 @@ def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: boo
     for seed in seeds:
         for arm in ARMS:
             console.print(f"[bold]{name}[/bold], seed {seed}: {arm}", highlight=False)
-            found[arm].append(_arm(name, arm, seed, work, shared, rates[arm], quick=quick, progress=False))
+            found[arm].append(_arm(name, arm, seed, work, shared, rates[arm], quick=quick))
     labels, groups = np.array(found["plain"][0]["labels"]), np.array(found["plain"][0]["groups"])
-    hard = ambiguous_classes(Manifest.load(shared))
+    manifest = Manifest.load(shared)
+    hard = ambiguous_classes(manifest)
     on_hard = hard[labels]
     right = {arm: np.array([np.array(f["predicted"]) == labels for f in found[arm]], dtype=float) for arm in ARMS}
     arms = {}
@@ -276,10 +284,9 @@ def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: boo
         low, high = entry["macro"]["low"], entry["macro"]["high"]
         entry["verdict"] = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
         comparisons.append(entry)
-    names = Manifest.load(shared).class_names
     return {
         "test_images": len(labels),
-        "ambiguous": [n for n, h in zip(names, hard, strict=True) if h],
+        "ambiguous": [n for n, h in zip(manifest.class_names, hard, strict=True) if h],
         "arms": arms,
         "comparisons": comparisons,
         "verdict": "not judged" if quick else comparisons[0]["verdict"],
@@ -315,12 +322,20 @@ def markdown(result: dict[str, Any]) -> str:
             c = next((c for c in found["comparisons"] if (c["method"], c["baseline"]) == (arm, "plain")), None)
             told = ["", "", ""]
             if c is not None:
-                told = [
-                    f"{100 * v['value']:+.1f} [{100 * v['low']:+.1f}, {100 * v['high']:+.1f}]"
-                    for v in (c["macro"], c["macro_ambiguous"])
-                ] + [c["verdict"]]
+                told = [points(c["macro"]), points(c["macro_ambiguous"]), c["verdict"]]
             lines.append(f"| {name} | {arm} | {100 * np.mean(values['macro']):.1f} | {' | '.join(told)} |")
     return "\n".join(lines)
+
+
+def points(v: dict[str, float]) -> str:
+    """A difference of accuracies with its interval, in points.
+
+    Examples
+    --------
+    >>> points({"value": 0.012, "low": -0.005, "high": 0.03})
+    '+1.2 [-0.5, +3.0]'
+    """
+    return f"{100 * v['value']:+.1f} [{100 * v['low']:+.1f}, {100 * v['high']:+.1f}]"
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:

@@ -90,10 +90,9 @@ def inspect_data(data: str, *, definitions: Path | None = None, **options: Any) 
 
 def print_inspection(result: dict[str, Any]) -> None:
     """Show the result of `inspect_data` to a person."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)  # names from outside are no markup
     console.print(
         f"{result['data']}: {result['form']}, {result['pictures']} pictures, read in {result['seconds']} s",
-        markup=False,
     )
     t, s = result["texts"], result["sizes"]
     used = {column: role for role, columns in result["roles"].items() for column in columns}
@@ -108,29 +107,23 @@ def print_inspection(result: dict[str, Any]) -> None:
         "near duplicates": str(result["duplicates"]),
     }
     for key, value in told.items():
-        console.print(f"  {key:20s} {value}", markup=False)
+        console.print(f"  {key:20s} {value}")
     table = Table("class", "train", "definition", box=None, padding=(0, 2, 0, 0))
     for c in result["classes"]:
         extra = f"  ({len(c['senses'])} senses, the first taken)" if len(c["senses"]) > 1 else ""
-        table.add_row(_plain(c["name"]), str(c["train"]), _plain(c["definition"][:90] or "none") + extra)
+        table.add_row(c["name"], str(c["train"]), (c["definition"][:90] or "none") + extra)
     console.print(table)
     for c in result["classes"]:
         if len(c["senses"]) > 1:
-            console.print(f"  {c['name']} may mean (choose one in a definitions file):", markup=False)
+            console.print(f"  {c['name']} may mean (choose one in a definitions file):")
             for sense in c["senses"][:5]:
-                console.print(f"    {sense[:110]}", markup=False)
+                console.print(f"    {sense[:110]}")
     for r in result["skipped"]:
-        console.print(f"  left out: {r['n']} {r['reason']}, for example {', '.join(r['examples'])}", markup=False)
+        console.print(f"  left out: {r['n']} {r['reason']}, for example {', '.join(r['examples'])}")
     for warning in result["warnings"]:
-        console.print(f"  note: {warning}", markup=False)
+        console.print(f"  note: {warning}")
     if "cost" in result:
         c = result["cost"]
         console.print(
             f"  cost of `fit capro --preset small` here: about {c['minutes']:.0f} min, {c['disk_mb']:.0f} MB of features",
-            markup=False,
         )
-
-
-def _plain(text: str) -> str:
-    """Text from outside must not be taken for markup of the terminal."""
-    return text.replace("[", "\\[")

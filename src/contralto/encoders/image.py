@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.encoders.resnet import SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
+from contralto.files import save_weights
 
 __all__ = ["ImageEncoder", "freeze", "image_encoder", "save_encoder", "unfreeze"]
 
@@ -182,9 +183,7 @@ def save_encoder(encoder: ImageEncoder, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"name": encoder.name, "size": encoder.size, "mean": encoder.mean, "std": encoder.std}
     (folder / "encoder.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors"
-    )
+    save_weights(encoder, folder / "encoder.safetensors")
 
 
 def _saved(folder: Path, size: int | None) -> ImageEncoder:

@@ -762,7 +762,8 @@ class Job:
         from contralto.review.report import write_report
 
         with self._timed("report", "map and page"):
-            self.draw_map()
+            if not (self.out / "map.parquet").exists():
+                self.draw_map()
             return write_report(self.out, read_image=self.read_image)
 
 
@@ -804,7 +805,7 @@ def estimate_cost(n_images: int, num_classes: int) -> dict[str, float]:
     for _ in range(5):
         system.step(batch, epoch=1)["loss"].backward()
     per_step = (time.perf_counter() - started) / 5 * 1.5  # the optimiser and the loader take their part
-    views = 2 * 2 + 1
+    views = 2 * _default("feature_views") + 1
     epochs = a["vanilla_epochs"] + a["epochs"] + a["finetune_epochs"]
     seconds = n_images * views * per_view + n_images / b * epochs * per_step + n_images * 0.01
     return {"minutes": seconds / 60, "disk_mb": n_images * views * encoder.num_features * 2 / 2**20}

@@ -21,12 +21,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from contralto import distributed
 from contralto.errors import ContraltoError, UsageError
-from contralto.files import write_atomically
+from contralto.files import save_weights, write_atomically
 
 __all__ = ["fit_stage"]
 
@@ -81,8 +81,7 @@ def fit_stage(
         started = time.perf_counter()
         _train(module, loader, folder, epochs, progress, dict(trainer or {}))
         if distributed.is_main():
-            weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            write_atomically(folder / "weights.safetensors", lambda path: save_file(weights, path))
+            save_weights(module, folder / "weights.safetensors")
             done = json.dumps({"epochs": epochs, "seconds": round(time.perf_counter() - started, 2)})
             write_atomically(folder / "done.json", lambda path: path.write_text(done, encoding="utf-8"))
             (folder / "last.ckpt").unlink(missing_ok=True)

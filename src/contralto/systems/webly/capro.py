@@ -415,11 +415,14 @@ class CAPro(LightningModule):
 
     def _rate_and_warmup(self) -> tuple[float, int]:
         h = self.arguments
-        if h.stage == "finetune":
-            return h.finetune_lr, 0
-        if h.stage == "plain" and h.plain_lr is not None:
-            return h.plain_lr, h.vanilla_warmup_epochs
-        return (h.lr, h.warmup_epochs) if h.stage == "capro" else (h.vanilla_lr, h.vanilla_warmup_epochs)
+        plain = h.vanilla_lr if h.plain_lr is None else h.plain_lr
+        by_stage: dict[str, tuple[float, int]] = {
+            "plain": (plain, h.vanilla_warmup_epochs),
+            "vanilla": (h.vanilla_lr, h.vanilla_warmup_epochs),
+            "capro": (h.lr, h.warmup_epochs),
+            "finetune": (h.finetune_lr, 0),
+        }
+        return by_stage[h.stage]
 
     @torch.no_grad()
     def init_prototypes(self) -> None:

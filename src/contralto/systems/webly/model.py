@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contralto.data.images import decode_image
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
-from contralto.files import write_atomically
+from contralto.files import save_weights, write_atomically
 from contralto.views.image import EvalView
 
 __all__ = ["Predictions", "WebClassifier", "load"]
@@ -127,9 +127,8 @@ class WebClassifier(nn.Module):
         """Write `config.json`, `model.safetensors` and the model card into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         config = json.dumps(self.config, indent=1, ensure_ascii=False)
-        write_atomically(folder / "model.safetensors", lambda path: save_file(weights, path))
+        save_weights(self, folder / "model.safetensors")
         write_atomically(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
         write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
