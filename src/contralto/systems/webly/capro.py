@@ -386,8 +386,17 @@ class CAPro(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the mean of every loss over the steps that had it; once an epoch, because logging costs more than a step."""
         keys = dict.fromkeys(k for part in self._parts for k in part)
-        self.log_dict({k: torch.stack([p[k] for p in self._parts if k in p]).mean() for k in keys}, sync_dist=True)
+        means = {k: torch.stack([p[k].to(self.device) for p in self._parts if k in p]).mean() for k in keys}
+        self.log_dict(means, sync_dist=True)
         self._parts.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses of the steps of this epoch: a training may go on within it."""
+        checkpoint["parts"] = self._parts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the losses of the epoch."""
+        self._parts = checkpoint.get("parts", [])
 
     def on_train_epoch_start(self) -> None:
         """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""
