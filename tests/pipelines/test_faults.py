@@ -1,13 +1,12 @@
 """What goes wrong around a job: processes killed, disks full, crawls full of faults. Nothing done is lost, nothing is silent."""
 
 import errno
+import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,63 +22,57 @@ from contralto.data.manifest import Manifest
 from contralto.pipelines.webly import fit_capro
 
 from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
+from tests.killing import whole
 from tests.tiny import FROZEN, TINY
 
-KILLS = int(os.environ.get("CONTRALTO_KILLS", "5"))  # of each kind; 20 and more on purpose
+KILLS = int(os.environ.get("CONTRALTO_KILLS", "1"))  # at any time, for every stage; 20 and more on purpose
 
 
-def whole(folder):
-    """Every file of a run can be read to its end."""
-    for path in Path(folder).rglob("*"):
-        if path.name.startswith("."):
-            continue
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".parquet":
-            pq.read_table(path)
-        elif path.suffix == ".safetensors":
-            load_file(path)
-        elif path.suffix == ".npy":
-            np.load(path, allow_pickle=False)
-        elif path.suffix == ".ckpt":
-            torch.load(path, weights_only=True)
-        elif path.suffix == ".jsonl":
-            assert all(json.loads(line) for line in path.read_text().splitlines())
+EVERY = 3
+SLOW_BATCHES = {"batch_size": 6, "checkpoint_every": EVERY}
+
+
+def drawn_kills(rng):
+    """Kills inside every stage, while files are written, and at any time."""
+    kills = []
+    for stage, count, most in (("plain", 3, 14), ("vanilla", 2, 5), ("capro", 4, 9), ("finetune", 2, 4)):
+        kills += [["step", stage, rng.randint(1, most)] for _ in range(count)]
+        kills += [["write", rng.randint(1, 14), moment] for moment in ("before", "half", "after")]
+        kills += [["time", rng.uniform(0.05, 2.0)] for _ in range(KILLS)]
+    return kills
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [TINY | {"workers": 2}, FROZEN], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    "arguments", [TINY | {"workers": 2}, TINY, FROZEN], ids=["trained, 2 workers", "trained", "frozen"]
+)
 def test_killed_at_random_moments_and_started_again_it_ends_the_same(tiny_parquet, tmp_path, arguments):
-    call = {"definitions": str(tiny_parquet.with_name("classes.yaml")), **arguments}
-    undisturbed = fit_capro(str(tiny_parquet), tmp_path / "undisturbed", **call)
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from contralto.pipelines.webly import fit_capro\n"
-        f"print('ready', flush=True)\nfit_capro({str(tiny_parquet)!r}, {str(tmp_path / 'killed')!r}, **{call!r})"
-    )
-    rng = random.Random(len(arguments))
-    kills = 0
-    for _ in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
-        process.stdout.readline()
-        try:
-            assert process.wait(rng.uniform(0.2, 4.0)) == 0
-        except subprocess.TimeoutExpired:
-            kills += 1
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-        process.wait()
-        if (tmp_path / "killed").exists():
-            whole(tmp_path / "killed")
-    assert kills > 0
-    time.sleep(0.2)
-    again = fit_capro(str(tiny_parquet), tmp_path / "killed", **call)
+    call = {"definitions": str(tiny_parquet.with_name("classes.yaml")), **arguments, **SLOW_BATCHES}
+    undisturbed = fit_capro(str(tiny_parquet), tmp_path / "undisturbed", **(call | {"checkpoint_every": 1000}))
+    again, log = tmp_path / "killed", tmp_path / "steps"
+    kills = drawn_kills(random.Random(len(call)))
+    plan = {"call": {"data": str(tiny_parquet), "out": str(again), **call}, "kills": kills, "log": str(log)}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    program = [sys.executable, Path(__file__).parents[1] / "killing.py", tmp_path / "plan.json"]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ends = json.loads(result.stdout.splitlines()[-1])
+    assert [end for _, end in ends].count("killed") >= 20
+    assert ends[-1][1] == 0, result.stderr[-3000:]
+
+    whole(again)
+    assert not list(again.rglob(".*.part"))
     for stage in ("plain", "vanilla", "capro", "finetune"):
         a, b = (load_file(r / "stages" / stage / "weights.safetensors") for r in (undisturbed, again))
         assert all(torch.equal(a[k], b[k]) for k in a)
         logs = [(r / "stages" / stage / "metrics.jsonl").read_text() for r in (undisturbed, again)]
         assert logs[0] == logs[1]
     assert pq.read_table(undisturbed / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
-    assert not list(again.rglob(".*.part"))
+
+    steps = [line.split() for line in log.read_text().splitlines()]
+    done = [{tuple(place) for pid, *place in steps if pid == str(process)} for process, _ in ends]
+    for i, (before, after) in enumerate(itertools.pairwise(done)):
+        assert len(before & after) <= EVERY, kills[i]  # what one kill costs
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(tiny_parquet, tmp_path, capsys, monkeypatch):

@@ -359,9 +359,7 @@ class Job:
             raise UsageError(f"queue_size {queue} is smaller than a batch of {self.arguments['batch_size']}")
         arguments = {k: v for k, v in self.arguments.items() if k not in FREE}
         self._fingerprint = hashlib.sha256(
-            json.dumps(
-                [self.manifest.fingerprint(), arguments | {"cache": None}], sort_keys=True, default=str
-            ).encode()
+            json.dumps([self.manifest.fingerprint(), arguments | {"cache": None}], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
         return self.manifest
 

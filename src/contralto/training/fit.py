@@ -223,7 +223,9 @@ class _Checkpoints(Checkpoint):
             signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, *_: Any) -> None:
-        if self.interrupted or distributed.world_size() > 1:  # a rank that saves alone would wait for the others for ever
+        if (
+            self.interrupted or distributed.world_size() > 1
+        ):  # a rank that saves alone would wait for the others for ever
             raise KeyboardInterrupt
         self.interrupted = True
 
@@ -236,7 +238,7 @@ class _Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         place = checkpoint["place"]
         # The trainer sets the epoch after it has made the first iterator, and loader workers fetch ahead of that.
-        self.loader.sampler.start_at(place["epoch"], place["batches"] * self.loader.batch_size)  # type: ignore[union-attr]
+        self.loader.sampler.start_at(place["epoch"], place["batches"] * self.loader.batch_size)  # type: ignore[attr-defined]
         if place["batches"]:
             for name, part in pl_module.named_modules():
                 part.training = checkpoint["training"][name]
