@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -46,7 +47,14 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     True
     """
     weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    write_atomically(path, lambda part: save_file(weights, part))
+
+    def write(part: Path) -> None:
+        try:
+            save_file(weights, part)
+        except SafetensorError as error:  # a full disk among others
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    write_atomically(path, write)
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -178,11 +178,29 @@ def _train(
             trainer.fit(module, loader, ckpt_path=last if last.exists() else None, weights_only=True)
         except SystemExit as error:  # what Lightning makes of Ctrl+C, having switched the signal off
             raise KeyboardInterrupt from error
+        except (ContraltoError, RuntimeError) as error:
+            told = _of_worker(error)
+            if told:
+                raise ContraltoError(told) from error
+            raise
 
 
 def _ignore_interrupts(worker: int) -> None:
     """In a worker of a loader: Ctrl+C reaches it too, and the running step still needs its pictures."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _of_worker(error: Exception) -> str:
+    """What a worker of a loader met, without the traceback that torch writes into the message; "" if it was none."""
+    text = str(error).strip()
+    last = text.rsplit("\n", 1)[-1]
+    if isinstance(error, ContraltoError):
+        return last.partition(": ")[2] if "Original Traceback" in text else ""
+    if "DataLoader worker" in text:
+        return (
+            f"a worker of the loader failed: {last[:300]}. Is memory or shared memory full? Fewer --workers need less"
+        )
+    return ""
 
 
 def _check_checkpoint(path: Path) -> None:
