@@ -1,8 +1,9 @@
-"""Writing files so that a process that is killed leaves whole files, or none."""
+"""Files of a run: written so that a process that is killed leaves whole files, or none; read so that damage is named."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-__all__ = ["remove_leftovers", "save_weights", "write_atomically"]
+from contralto.errors import ContraltoError, DataError
+
+__all__ = ["naming", "remove_leftovers", "save_weights", "write_atomically"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -33,6 +36,31 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name the file of a run whose damaged bytes raise something while it is read: nearly any error can come of them.
+
+    Raises
+    ------
+    DataError
+
+    Examples
+    --------
+    >>> with naming("metrics.json"):
+    ...     {}["test"]
+    Traceback (most recent call last):
+    ...
+    contralto.errors.DataError: metrics.json: is damaged or of another version (KeyError: 'test')
+    """
+    try:
+        yield
+    except ContraltoError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+        raise DataError(f"is damaged or of another version ({told})", file=str(path)) from error
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:

@@ -207,7 +207,7 @@ def test_damaged_weights_of_a_finished_training_are_named(tmp_path):
     fit(Tiny(), tmp_path)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=r"weights\.safetensors: cannot be read"):
+    with pytest.raises(DataError, match=r"weights\.safetensors: is damaged"):
         fit(Tiny(), tmp_path)
 
 

@@ -45,7 +45,7 @@ from contralto.encoders.text import text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import noise_metrics
-from contralto.files import remove_leftovers, write_atomically
+from contralto.files import naming, remove_leftovers, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
 from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
@@ -275,7 +275,8 @@ class Job:
             "extensions": self._extensions(),
         }
         if path.exists() and (self.out / "manifest").exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            with naming(path):
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
             ours, theirs = (
                 {k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before)
             )
@@ -292,7 +293,8 @@ class Job:
         self._write_json("config.json", config)
         self._write_json("environment.json", environment())
         if (self.out / "seconds.json").exists():
-            self.seconds = json.loads((self.out / "seconds.json").read_text(encoding="utf-8"))
+            with naming(self.out / "seconds.json"):
+                self.seconds = dict(json.loads((self.out / "seconds.json").read_text(encoding="utf-8")))
 
     def _extensions(self) -> list[str]:
         return [e for e in EXTENSIONS if self.arguments[e] != _default(e)]

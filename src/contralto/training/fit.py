@@ -24,13 +24,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from contralto import distributed
 from contralto.errors import ContraltoError, DataError, UsageError
-from contralto.files import save_weights, write_atomically
+from contralto.files import naming, save_weights, write_atomically
 
 __all__ = ["fit_stage"]
 
@@ -105,23 +104,14 @@ def fit_stage(
             write_atomically(folder / "done.json", lambda path: path.write_text(done, encoding="utf-8"))
             (folder / "last.ckpt").unlink(missing_ok=True)
     else:
-        _load_weights(module, folder / "weights.safetensors")
+        with naming(folder / "weights.safetensors"):
+            module.load_state_dict(load_file(folder / "weights.safetensors"))
     return module.eval()
-
-
-def _load_weights(module: LightningModule, path: Path) -> None:
-    try:
-        module.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise DataError(
-            f"cannot be read: {error}"[:300] + "; delete the folder that it is in to train this stage again",
-            file=str(path),
-        ) from error
 
 
 def _claim(folder: Path, fingerprint: str) -> None:
     path = folder / "fingerprint"
-    if path.exists() and path.read_text(encoding="utf-8") != fingerprint:
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != fingerprint:
         raise UsageError(
             f"{folder} holds a training with other arguments or data: choose another --out, or delete that folder"
         )
@@ -290,9 +280,10 @@ class _Checkpoints(Checkpoint):
             )
         if trainer.is_global_zero:
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            # Killed before the checkpoint, the epoch is done again and its line written over.
-            earlier = [line for line in lines if json.loads(line)["epoch"] < trainer.current_epoch]
+            with naming(path):
+                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                # Killed before the checkpoint, the epoch is done again and its line written over.
+                earlier = [line for line in lines if json.loads(line)["epoch"] < trainer.current_epoch]
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             rounded = {k: round(v, 6) for k, v in metrics.items()}
             now = json.dumps({"epoch": trainer.current_epoch, "lr": rate, **rounded})

@@ -18,12 +18,14 @@ from contralto.data.images import decode_image
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
-from contralto.files import save_weights, write_atomically
+from contralto.files import naming, save_weights, write_atomically
 from contralto.views.image import EvalView
 
 __all__ = ["Predictions", "WebClassifier", "load"]
 
 Pictures = Sequence[Any]
+MAX_SIZE = 65_536
+"""Widths and sides above this are no model but damage."""
 
 
 class Predictions(list[str]):
@@ -180,6 +182,12 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
         raise DataError(
             "there is no model here (config.json and model.safetensors); is the run finished?", file=str(folder)
         )
-    model = WebClassifier(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with naming(folder / "config.json"):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        sizes = [config[k] for k in ("num_features", "size", "hidden", "dim")]
+        if not all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes):  # before anything of that size is made
+            raise ValueError(f"sizes {sizes}")
+        model = WebClassifier(config)
+    with naming(folder / "model.safetensors"):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().to(device)
