@@ -135,7 +135,18 @@ def test_a_job_that_goes_on_names_damaged_state_or_computes_it_again(run, tiny_p
 
 @pytest.mark.parametrize(
     "change",
-    [{"hidden": 10**12}, {"size": 10**9}, {"num_features": -1}, {"dim": "8"}, {"encoder": "hf-hub:a/b"}, {"std": 3}],
+    [
+        {"hidden": 10**12},
+        {"size": 10**9},
+        {"num_features": -1},
+        {"dim": "8"},
+        {"encoder": "hf-hub:a/b"},
+        {"std": 3},
+        {"crop": float("nan")},
+        {"crop": -1},
+        {"std": [0, 1, 1]},
+        {"classes": [1, 2, 3]},
+    ],
 )
 def test_a_model_folder_from_elsewhere_is_checked_before_anything_is_made(run, change):
     path = run / "model" / "config.json"

@@ -184,10 +184,28 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
         )
     with naming(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = [config[k] for k in ("num_features", "size", "hidden", "dim")]
-        if not all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes):  # before anything of that size is made
-            raise ValueError(f"sizes {sizes}")
+        _check_config(config)
         model = WebClassifier(config)
     with naming(folder / "model.safetensors"):
         model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().to(device)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Refuse values that no model has, before anything of that size is made of them."""
+
+    def number(value: Any, low: float, high: float) -> bool:
+        return type(value) in (int, float) and low < value <= high  # NaN is neither
+
+    sizes = [config[k] for k in ("num_features", "size", "hidden", "dim")]
+    right = {
+        "sizes": all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes),
+        "crop": number(config["crop"], 0.05, 1),
+        "mean": len(config["mean"]) == 3 and all(number(x, -1000, 1000) for x in config["mean"]),
+        "std": len(config["std"]) == 3 and all(number(x, 0, 1000) for x in config["std"]),
+        "classes": isinstance(config["classes"], list) and all(isinstance(c, str) for c in config["classes"]),
+        "encoder": isinstance(config["encoder"], str),
+    }
+    wrong = [name for name, holds in right.items() if not holds]
+    if wrong:
+        raise ValueError(f"odd values of {', '.join(wrong)}")
