@@ -9,37 +9,56 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
+from contralto.data.dataset import EpochSampler
 from contralto.distributed import gather_rows, mean_weight
 from contralto.systems.webly.capro import CAPro
 
-N, CLASSES = 12, 4
+CLASSES = 4
+STAGES = ("plain", "vanilla", "capro", "finetune")
+CASES = {  # stage, rows of the global batch, which rows are kept: all that score enough, or anchors only
+    **{f"{stage}, {n} rows": (stage, n, "") for stage in STAGES for n in (12, 13)},
+    "capro, none kept on the second rank": ("capro", 13, "first rank"),
+    "capro, one kept at all": ("capro", 13, "one"),
+    "capro, none kept at all": ("capro", 13, "none"),
+}
 
 
-def build(stage):
+def build(stage, kept):
     torch.manual_seed(0)
     system = CAPro(
         nn.Linear(6, 8), CLASSES, 8, stage=stage, hidden=7, dim=5, queue_size=30, init_proto_epoch=0, start_clean_epoch=0,
-        momentum_prototype=0.9, mixup=0.0, threshold=0.4, keep_threshold=0.26,
+        momentum_prototype=0.9, mixup=0.0, threshold=2.0 if kept else 0.4, keep_threshold=2.0 if kept else 0.26,
     ).double()  # fmt: skip
     system.prototypes.copy_(F.normalize(torch.randn(CLASSES, 5, dtype=torch.float64), dim=1))
     return system
 
 
-def batch(step, rows):
+def batch(step, n, kept, rows):
     g = torch.Generator().manual_seed(step)
-    views = [torch.randn(N, 6, generator=g, dtype=torch.float64) for _ in range(2)]
-    label, anchor = torch.randint(CLASSES, (N,), generator=g), torch.rand(N, generator=g) < 0.1
-    weight = torch.rand(N, generator=g, dtype=torch.float64)
+    views = [torch.randn(n, 6, generator=g, dtype=torch.float64) for _ in range(2)]
+    label, anchor = torch.randint(CLASSES, (n,), generator=g), torch.rand(n, generator=g) < 0.1
+    if kept:
+        anchor = {"first rank": torch.arange(n) % 2 == 0, "one": torch.arange(n) == 3, "none": torch.arange(n) < 0}[
+            kept
+        ]
+    weight = torch.rand(n, generator=g, dtype=torch.float64)
     return {"views": [v[rows] for v in views], "label": label[rows], "anchor": anchor[rows], "weight": weight[rows]}
 
 
-def train(stage, rows, average=lambda x: x):
-    """Three steps; losses, final gradients and all buffers."""
-    system = build(stage)
+def train(stage, n, kept, rank=0, world=1, average=lambda x: x):
+    """Three steps: losses, corrected labels in the order of the global batch, and the state at the end."""
+    system = build(stage, kept)
     optimizer = torch.optim.SGD([p for n, p in system.named_parameters() if not n.startswith("momentum")], 0.1)
-    losses = []
+    losses, corrected, correct = [], [], system._correct
+
+    def noted(fused, batch):
+        result = correct(fused, batch)
+        corrected.append(torch.stack([gather_rows(result.labels), gather_rows(result.kept).long()]))
+        return result
+
+    system._correct = noted
     for step in range(3):
-        out = system.step(batch(step, rows), epoch=1)
+        out = system.step(batch(step, n, kept, torch.arange(n)[rank::world]), epoch=1)
         optimizer.zero_grad()
         out["loss"].backward()
         for p in system.parameters():
@@ -47,7 +66,7 @@ def train(stage, rows, average=lambda x: x):
                 p.grad = average(p.grad)
         optimizer.step()
         losses.append(average(out["loss"].detach()))
-    return torch.stack(losses), {k: v.clone() for k, v in system.state_dict().items()}
+    return {"losses": torch.stack(losses), "corrected": corrected, "state": system.state_dict()}
 
 
 def mean_over_ranks(x):
@@ -56,28 +75,56 @@ def mean_over_ranks(x):
     return x / dist.get_world_size()
 
 
-def worker(rank, world, port, stage, folder):
+def worker(rank, world, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.save(train(stage, torch.arange(N)[rank::world], mean_over_ranks), f"{folder}/{rank}.pt")
+    found = {name: train(*case, rank, world, mean_over_ranks) for name, case in CASES.items()}
     uneven = gather_rows(torch.arange(5)[rank::world])
     empty = mean_weight(torch.tensor(3 if rank == 0 else 0))
-    torch.save((uneven, empty), f"{folder}/uneven{rank}.pt")
+    sampler = EpochSampler(13, seed=0)
+    drawn = gather_rows(torch.tensor([row for _, row in sampler]))
+    torch.save({"cases": found, "uneven": uneven, "empty": empty, "drawn": drawn}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("stage", ["plain", "vanilla", "capro", "finetune"])
-def test_two_processes_equal_one(tmp_path, stage):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (2, port, stage, str(tmp_path)), nprocs=2)
-    losses, state = train(stage, torch.arange(N))
-    for rank in range(2):
-        their_losses, their_state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(their_losses, losses, rtol=1e-9, atol=1e-9)
-        for key, value in state.items():
-            torch.testing.assert_close(their_state[key], value, rtol=1e-8, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
-        uneven, share = torch.load(tmp_path / f"uneven{rank}.pt", weights_only=True)
-        assert uneven.tolist() == [0, 1, 2, 3, 4]
-        assert share == (2.0 if rank == 0 else 0.0)
+    mp.spawn(worker, (2, port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_equal_one(ranks, name):
+    alone = train(*CASES[name])
+    assert torch.isfinite(alone["losses"]).all()
+    assert (len(alone["corrected"]) == 3) == name.startswith("capro")
+    for rank in ranks:
+        found = rank["cases"][name]
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-9, atol=1e-9)
+        for ours, theirs in zip(found["corrected"], alone["corrected"], strict=True):
+            assert torch.equal(ours, theirs)
+        for key, value in alone["state"].items():  # weights, queue with its pointer, prototypes
+            torch.testing.assert_close(
+                found["state"][key], value, rtol=1e-8, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+def test_the_cases_are_what_they_say():
+    kept = {name: train(*case)["corrected"][0][1] for name, case in CASES.items() if name.startswith("capro")}
+    assert 0 < kept["capro, 13 rows"].sum() < 13
+    assert kept["capro, none kept on the second rank"].tolist() == [1, 0] * 6 + [1]
+    assert kept["capro, one kept at all"].sum() == 1
+    assert kept["capro, none kept at all"].sum() == 0
+
+
+def test_rows_of_ranks_are_gathered_in_the_order_of_the_global_batch(ranks):
+    alone = [row for _, row in EpochSampler(13, seed=0)]
+    for number, rank in enumerate(ranks):
+        assert rank["uneven"].tolist() == [0, 1, 2, 3, 4]
+        assert rank["empty"] == (2.0 if number == 0 else 0.0)
+        assert rank["drawn"].tolist() == [*alone, alone[0]]  # all ranks have as many: the first is taken twice

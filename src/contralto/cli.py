@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module, metadata, resources
@@ -302,25 +303,26 @@ def clean(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str,
     """
     import pyarrow.parquet as pq
 
+    from contralto.files import naming
     from contralto.pipelines.outputs import write_cleaned_csv
 
     source = run / "cleaned.parquet"
     if not source.is_file():
         raise DataError("there is no cleaned.parquet: is the run finished?", file=str(run))
-    table = pq.read_table(source)
+    with naming(source):
+        table = pq.read_table(source)
+        counts = Counter(table.column("verdict").to_pylist())
+        worst = table.sort_by([("p_wrong", "descending")]).slice(0, 10).to_pylist()
+        told = [(f"{r['p_wrong']:.2f}", r["id"][:40], r["given"], r["verdict"], r["new"]) for r in worst]
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() != run.resolve():
         pq.write_table(table, folder / "cleaned.parquet")
     write_cleaned_csv(table, folder / "cleaned.csv")
-    counts: dict[str, int] = {}
-    for verdict in table.column("verdict").to_pylist():
-        counts[verdict] = counts.get(verdict, 0) + 1
     if show:
         shown = _table("p(wrong)", "id", "given", "verdict", "new")
-        worst = table.sort_by([("p_wrong", "descending")]).slice(0, 10).to_pylist()
-        for r in worst:
-            shown.add_row(f"{r['p_wrong']:.2f}", r["id"][:40], r["given"], r["verdict"], r["new"])
+        for row in told:
+            shown.add_row(*row)
         _console().print(shown)
         _console().print(", ".join(f"{n} {v}" for v, n in counts.items()), highlight=False)
         _console().print(f"{folder / 'cleaned.parquet'}, {folder / 'cleaned.csv'}", highlight=False)
@@ -537,7 +539,10 @@ def _bytes_of(manifest: Any, row: int) -> bytes:
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    from contralto.files import naming
+
+    with naming(run / "metrics.json"):
+        metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     return {"run": str(run), "report": str(run / "report.html"), **metrics}
 
 

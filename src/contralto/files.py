@@ -1,15 +1,19 @@
-"""Writing files so that a process that is killed leaves whole files, or none."""
+"""Files of a run: written so that a process that is killed leaves whole files, or none; read so that damage is named."""
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-__all__ = ["remove_leftovers", "save_weights", "write_atomically"]
+from contralto.errors import ContraltoError, DataError
+
+__all__ = ["naming", "remove_leftovers", "save_weights", "write_atomically"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -34,6 +38,31 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name the file of a run whose damaged bytes raise something while it is read: nearly any error can come of them.
+
+    Raises
+    ------
+    DataError
+
+    Examples
+    --------
+    >>> with naming("metrics.json"):
+    ...     {}["test"]
+    Traceback (most recent call last):
+    ...
+    contralto.errors.DataError: metrics.json: is damaged or of another version (KeyError: 'test')
+    """
+    try:
+        yield
+    except ContraltoError:
+        raise
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+        raise DataError(f"is damaged or of another version ({told})", file=str(path)) from error
+
+
 def save_weights(module: nn.Module, path: str | Path) -> None:
     """Write parameters and buffers as safetensors, on the CPU and contiguous.
 
@@ -46,7 +75,14 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     True
     """
     weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    write_atomically(path, lambda part: save_file(weights, part))
+
+    def write(part: Path) -> None:
+        try:
+            save_file(weights, part)
+        except SafetensorError as error:  # a full disk among others
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    write_atomically(path, write)
 
 
 def remove_leftovers(folder: str | Path) -> None:

@@ -1,6 +1,7 @@
 """What goes wrong around a job: processes killed, disks full, crawls full of faults. Nothing done is lost, nothing is silent."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -20,106 +21,185 @@ from safetensors.torch import load_file
 
 from contralto.cli import main
 from contralto.data.manifest import Manifest
-from contralto.pipelines.webly import fit_capro
+from contralto.errors import ContraltoError
+from contralto.pipelines.webly import Job, fit_capro
 
 from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
+from tests.killing import whole
 from tests.tiny import FROZEN, TINY
 
-KILLS = int(os.environ.get("CONTRALTO_KILLS", "5"))  # of each kind; 20 and more on purpose
+KILLS = int(os.environ.get("CONTRALTO_KILLS", "1"))  # at any time, for every stage; 20 and more on purpose
 
 
-def whole(folder):
-    """Every file of a run can be read to its end."""
-    for path in Path(folder).rglob("*"):
-        if path.name.startswith("."):
-            continue
-        if path.suffix == ".json":
-            json.loads(path.read_text())
-        elif path.suffix == ".parquet":
-            pq.read_table(path)
-        elif path.suffix == ".safetensors":
-            load_file(path)
-        elif path.suffix == ".npy":
-            np.load(path, allow_pickle=False)
-        elif path.suffix == ".ckpt":
-            torch.load(path, weights_only=True)
-        elif path.suffix == ".jsonl":
-            assert all(json.loads(line) for line in path.read_text().splitlines())
+EVERY = 3
+SLOW_BATCHES = {"batch_size": 6, "checkpoint_every": EVERY}
+
+
+def drawn_kills(rng):
+    """Kills inside every stage, while files are written, and at any time."""
+    kills = []
+    for stage, count, most in (("plain", 3, 14), ("vanilla", 2, 5), ("capro", 4, 9), ("finetune", 2, 4)):
+        kills += [["step", stage, rng.randint(1, most)] for _ in range(count)]
+        kills += [["write", rng.randint(1, 14), moment] for moment in ("before", "half", "after")]
+        kills += [["time", rng.uniform(0.05, 2.0)] for _ in range(KILLS)]
+    return kills
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [TINY | {"workers": 2}, FROZEN], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    "arguments", [TINY | {"workers": 2}, TINY, FROZEN], ids=["trained, 2 workers", "trained", "frozen"]
+)
 def test_killed_at_random_moments_and_started_again_it_ends_the_same(tiny_parquet, tmp_path, arguments):
-    call = {"definitions": str(tiny_parquet.with_name("classes.yaml")), **arguments}
-    undisturbed = fit_capro(str(tiny_parquet), tmp_path / "undisturbed", **call)
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from contralto.pipelines.webly import fit_capro\n"
-        f"print('ready', flush=True)\nfit_capro({str(tiny_parquet)!r}, {str(tmp_path / 'killed')!r}, **{call!r})"
-    )
-    rng = random.Random(len(arguments))
-    kills = 0
-    for _ in range(KILLS):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
-        process.stdout.readline()
-        try:
-            assert process.wait(rng.uniform(0.2, 4.0)) == 0
-        except subprocess.TimeoutExpired:
-            kills += 1
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-        process.wait()
-        if (tmp_path / "killed").exists():
-            whole(tmp_path / "killed")
-    assert kills > 0
-    time.sleep(0.2)
-    again = fit_capro(str(tiny_parquet), tmp_path / "killed", **call)
+    call = {"definitions": str(tiny_parquet.with_name("classes.yaml")), **arguments, **SLOW_BATCHES}
+    undisturbed = fit_capro(str(tiny_parquet), tmp_path / "undisturbed", **(call | {"checkpoint_every": 1000}))
+    again, log = tmp_path / "killed", tmp_path / "steps"
+    kills = drawn_kills(random.Random(len(call)))
+    plan = {"call": {"data": str(tiny_parquet), "out": str(again), **call}, "kills": kills, "log": str(log)}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    program = [sys.executable, Path(__file__).parents[1] / "killing.py", tmp_path / "plan.json"]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ends = json.loads(result.stdout.splitlines()[-1])
+    assert [end for _, end in ends].count("killed") >= 20
+    assert ends[-1][1] == 0, result.stderr[-3000:]
+
+    whole(again)
+    assert not list(again.rglob(".*.part"))
     for stage in ("plain", "vanilla", "capro", "finetune"):
         a, b = (load_file(r / "stages" / stage / "weights.safetensors") for r in (undisturbed, again))
         assert all(torch.equal(a[k], b[k]) for k in a)
         logs = [(r / "stages" / stage / "metrics.jsonl").read_text() for r in (undisturbed, again)]
         assert logs[0] == logs[1]
     assert pq.read_table(undisturbed / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
-    assert not list(again.rglob(".*.part"))
+
+    steps = [line.split() for line in log.read_text().splitlines()]
+    done = [{tuple(place) for pid, *place in steps if pid == str(process)} for process, _ in ends]
+    for i, (before, after) in enumerate(itertools.pairwise(done)):
+        assert len(before & after) <= EVERY, kills[i]  # what one kill costs
 
 
-def test_a_full_disk_is_an_error_that_loses_nothing(tiny_parquet, tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    words = [
-        "fit",
-        "capro",
-        str(tiny_parquet),
-        "--out",
-        str(run),
-        "--preset",
-        "small",
-        "--text_encoder=tfidf",
-        "--no_pretrained",
-    ]
-    words += [
-        "--image_encoder=resnet8",
-        "--image_size=32",
-        "--batch_size=12",
-        "--queue_size=24",
-        "--epochs=4",
-        "--vanilla_epochs=1",
-    ]
-    replace, calls = Path.replace, []
+def words_of(data, run, workers=0):
+    """The command for a job of seconds."""
+    job = {
+        "preset": "small", "text_encoder": "tfidf", "image_encoder": "resnet8", "image_size": 32, "batch_size": 6,
+        "queue_size": 24, "epochs": 4, "vanilla_epochs": 1, "finetune_epochs": 1, "hidden": 32,
+        "workers": workers,
+    }  # fmt: skip
+    words = ["fit", "capro", str(data), "--out", str(run), "--no_pretrained", "--no_frozen_features"]
+    return [*words, *(f"--{k}={v}" for k, v in job.items())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_parquet, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main(words_of(tiny_parquet, run)) == 0
+    return run
+
+
+def program(code):
+    """Python in a process group of its own."""
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def same_runs(a, b):
+    for stage in ("plain", "vanilla", "capro", "finetune"):
+        x, y = (load_file(r / "stages" / stage / "weights.safetensors") for r in (a, b))
+        assert all(torch.equal(x[k], y[k]) for k in x)
+        assert len({(r / "stages" / stage / "metrics.jsonl").read_text() for r in (a, b)}) == 1
+    assert pq.read_table(a / "cleaned.parquet").equals(pq.read_table(b / "cleaned.parquet"))
+    assert not list(b.rglob(".*.part"))
+
+
+SLOWED = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it switched off
+from contralto.cli import main
+from contralto.systems.webly.capro import CAPro
+step = CAPro.training_step
+CAPro.training_step = lambda *words: time.sleep(0.05) or step(*words)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["plain", "capro"])
+def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_ends_the_same(tiny_parquet, tmp_path, undisturbed, stage):
+    words = words_of(tiny_parquet, tmp_path / "cut", workers=2 if stage == "plain" else 0)
+    process = program(f"{SLOWED}\nsys.exit(main({words!r}))")
+    begun = tmp_path / "cut" / "stages" / stage / "last.ckpt"
+    while not begun.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(0.12)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loader's workers get it too
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "the same command goes on" in told
+    assert "Traceback" not in told
+    whole(tmp_path / "cut")
+    place = torch.load(begun, weights_only=True)["place"]
+    assert place["batches"] > 0  # within an epoch: the step itself was kept
+    assert main(words) == 0
+    same_runs(undisturbed, tmp_path / "cut")
+
+
+LIMITED = """
+import os, resource, sys
+import contralto.pipelines.webly, contralto.review.report
+from contralto.cli import main
+for size in {sizes}:
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        os._exit(main({words}))
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_files_that_may_not_grow_any_more_are_an_error_that_loses_nothing(tiny_parquet, tmp_path, undisturbed):
+    """The kernel refuses to write beyond a size, as on a full disk, at another file each time."""
+    words, sizes = words_of(tiny_parquet, tmp_path / "run"), (100, 5_000, 50_000, 600_000)
+    _, told = program(LIMITED.format(sizes=sizes, words=words)).communicate(timeout=300)
+    assert told.count("ended 1\n") == told.count("File too large") == len(sizes), told
+    assert "Traceback" not in told
+    whole(tmp_path / "run")
+    assert main(words) == 0
+    same_runs(undisturbed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "cleaned.parquet"])
+def test_a_full_disk_is_an_error_that_loses_nothing(tiny_parquet, tmp_path, capsys, monkeypatch, undisturbed, name):
+    run, replace = tmp_path / "run", Path.replace
 
     def full(self, target):
-        calls.append(target)
-        if Path(target).name == "cleaned.parquet":
+        if Path(target).name == name:
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         return replace(self, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        assert main(words) == 1
+        assert main(words_of(tiny_parquet, run)) == 1
     assert "No space left on device" in capsys.readouterr().err
     whole(run)
-    trained = (run / "stages" / "capro" / "weights.safetensors").stat().st_mtime_ns
-    assert main([*words, "--json"]) == 0
-    assert (run / "stages" / "capro" / "weights.safetensors").stat().st_mtime_ns == trained
-    assert (run / "cleaned.parquet").exists()
+    kept = {p: p.stat().st_mtime_ns for p in run.glob("stages/*/weights.safetensors")}
+    assert len(kept) == (0 if name == "weights.safetensors" else 3)
+    assert main([*words_of(tiny_parquet, run), "--json"]) == 0
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    same_runs(undisturbed, run)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_vanish_while_a_job_runs_are_named_without_a_traceback(tmp_path, capsys, workers):
+    for i, row in enumerate(tiny_rows(per_class=8, test_per_class=0)):
+        (tmp_path / "data" / row["query"]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / row["query"] / f"{i}.png").write_bytes(row["image"])
+    job = Job(str(tmp_path / "data"), tmp_path / "run", TINY | {"workers": workers}, progress=False)
+    job.claim()
+    job.ingest()
+    (tmp_path / "data" / "red" / "3.png").unlink()
+    with pytest.raises(ContraltoError, match=r"red/3\.png: cannot be read any more") as caught:
+        job.train("vanilla")
+    assert "Traceback" not in str(caught.value)
 
 
 def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_path):

@@ -59,6 +59,7 @@ class EpochSampler(Sampler[Key]):
         if size < 1:
             raise UsageError("there is nothing to train on: no image is left after filtering")
         self.size, self.seed, self.epoch = size, seed, 0
+        self._done = (0, 0)
         self.share: npt.NDArray[np.float64] | None = None
         if labels is not None:
             _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -67,6 +68,10 @@ class EpochSampler(Sampler[Key]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; the trainer calls it."""
         self.epoch = epoch
+
+    def start_at(self, epoch: int, draws: int) -> None:
+        """Go on within an epoch: its first `draws` on this rank were done before the interruption."""
+        self.epoch, self._done = epoch, (epoch, draws)
 
     def __len__(self) -> int:
         return -(-self.size // distributed.world_size())
@@ -77,7 +82,8 @@ class EpochSampler(Sampler[Key]):
         order = rng.choice(self.size, self.size, p=self.share) if balanced else rng.permutation(self.size)
         ranks, rank = distributed.world_size(), distributed.rank()
         order = np.resize(order, len(self) * ranks)  # the last ranks start again at the front, so that all have as many
-        yield from ((self.epoch, int(i)) for i in order[rank::ranks])
+        done = self._done[1] if self._done[0] == self.epoch else 0
+        yield from ((self.epoch, int(i)) for i in order[rank::ranks][done:])
 
 
 class ImageDataset(Dataset[Batch]):

@@ -5,6 +5,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 _WEB_LABELS = ("query", "web_label", "noisy_label", "given_label")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_NAME = 200
+MAX_HELD = 256 * 2**20
 
 
 def find_columns(names: Iterable[str], given: Mapping[str, str | None]) -> dict[str, list[str]]:
@@ -164,6 +166,7 @@ def ingest(
         else:
             rows.append({"record": record, **result})
         record.data = b""
+        record.fields = {k: _bounded(v, 4 * max_text) for k, v in record.fields.items()}
     if not rows:
         reasons = Counter(s["reason"] for s in skipped).most_common(5)
         told = ", ".join(f"{n} {r}" for r, n in reasons) or "no pictures were found"
@@ -200,17 +203,31 @@ def _examiner(image_filter: bool, min_side: int, blank_share: float | None) -> C
 def _map_ordered(
     function: Callable[[Record], Any], records: Iterator[Record], workers: int
 ) -> Iterator[tuple[Record, Any]]:
-    """Map with threads, in order, holding only a few records at a time."""
+    """Map with threads, in order, holding only a few records and few bytes at a time."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         waiting: deque[tuple[Record, Future[Any]]] = deque()
+        held = 0
         for record in records:
             waiting.append((record, pool.submit(function, record)))
-            if len(waiting) >= 64:
+            held += len(record.data)
+            while len(waiting) >= 64 or (held > MAX_HELD and waiting):
                 first, future = waiting.popleft()
+                held -= len(first.data)
                 yield first, future.result()
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
+
+
+def _bounded(value: Any, limit: int) -> Any:
+    """A value of a text or of a list of texts, cut: all rows are held until the manifest is made."""
+    if isinstance(value, (str, bytes)):
+        return value[:limit]
+    if isinstance(value, (list, tuple)):
+        return [_bounded(v, limit) for v in value[:1000]]
+    if isinstance(value, dict):
+        return {k: _bounded(v, limit) for k, v in islice(value.items(), 1000)}
+    return value
 
 
 def clean_name(text: str) -> str:

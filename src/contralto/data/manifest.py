@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contralto.errors import DataError
+from contralto.files import naming
 
 __all__ = ["MANIFEST_SCHEMA", "SKIPPED_SCHEMA", "ClassInfo", "Manifest"]
 
@@ -169,12 +170,15 @@ class Manifest:
         folder = Path(folder)
         if not (folder / "manifest.parquet").is_file():
             raise DataError("there is no manifest.parquet in this folder", file=str(folder))
-        table = pq.read_table(folder / "manifest.parquet")
-        root = (table.schema.metadata or {}).get(b"root", b"").decode()
-        classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-        return cls(
-            table=table.replace_schema_metadata(None),
-            classes=tuple(ClassInfo(c["name"], tuple(c["queries"]), c["definition"]) for c in classes),
-            root=root,
-            skipped=pq.read_table(folder / "skipped.parquet"),
-        )
+        with naming(folder / "manifest.parquet"):
+            table = pq.read_table(folder / "manifest.parquet")
+            root = (table.schema.metadata or {}).get(b"root", b"").decode()
+            table = table.replace_schema_metadata(None).cast(MANIFEST_SCHEMA)
+        with naming(folder / "classes.json"):
+            entries = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+            classes = tuple(
+                ClassInfo(str(c["name"]), tuple(map(str, c["queries"])), str(c["definition"])) for c in entries
+            )
+        with naming(folder / "skipped.parquet"):
+            skipped = pq.read_table(folder / "skipped.parquet").cast(SKIPPED_SCHEMA)
+        return cls(table, classes, root, skipped)

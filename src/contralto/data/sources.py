@@ -17,10 +17,12 @@ the root; what is refused comes out as a `Record` with a `problem`, so that it i
 import csv
 import gzip
 import io
+import itertools
 import json
 import posixpath
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,9 +38,13 @@ from contralto.errors import DataError
 __all__ = ["ByteReader", "Record", "detect_form", "read_records"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+SIDE_SUFFIXES = (".txt", ".json", ".cls")
 MAX_SIDE_FILE = 2**20
+MAX_LINE = 32 * 2**20
 MAX_TABLE = 4 * 2**30
+MAX_RATIO = 100  # a .gz of real rows expands five to twenty times
 MAX_FILE = 64 * 2**20
+MAX_GROUP = 2 * 2**30
 _PATH_COLUMNS = ("image_path", "path", "file_name", "filename", "filepath", "file", "image", "img", "key")
 _BYTE_COLUMNS = ("image", "jpg", "png", "bytes", "image_bytes", "img", "webp")
 
@@ -145,6 +151,18 @@ def root_of(address: str) -> str:
     return str(fs.unstrip_protocol(folder)) if not _is_local(fs) else folder
 
 
+class _Bounded:
+    """A file from which no header can ask for more than `MAX_SIDE_FILE` at once."""
+
+    def __init__(self, file: Any) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_SIDE_FILE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return bytes(self._read(size))
+
+
 class ByteReader:
     """Random access to the bytes that a manifest points at.
 
@@ -197,7 +215,11 @@ class ByteReader:
         key = (path, column, group)
         if key not in self._groups:
             with fs.open(path, "rb") as file:
-                self._groups[key] = pq.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+                # As a dictionary: a value that the file holds once is held once here too, however often it is repeated.
+                schema = pq.read_schema(file)
+                leaf = column if not pa.types.is_struct(schema.field(column).type) else f"{column}.bytes"
+                whole = pq.ParquetFile(file, read_dictionary=[leaf])
+                self._groups[key] = whole.read_row_group(group, columns=[column]).column(0)
             while len(self._groups) > 4:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -243,6 +265,12 @@ def _read_file(fs: Any, path: str, limit: int) -> bytes:
     if len(data) > limit:
         raise DataError(f"is larger than {limit} bytes", file=path)
     return data
+
+
+def _side_file(fs: Any, root: str, path: str) -> bytes:
+    if _escapes(fs, root, path):
+        raise DataError("leads outside the data folder", file=_relative(path, root))
+    return _read_file(fs, path, MAX_SIDE_FILE)
 
 
 def _picture(fs: Any, root: str, path: str, identity: str, fields: dict[str, Any], row: int = 0) -> Record:
@@ -296,6 +324,8 @@ def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     for name in ("metadata.csv", "captions.csv", "metadata.jsonl", "captions.jsonl"):
         path = posixpath.join(root, name)
         if fs.exists(path):
+            if _escapes(fs, root, path):
+                raise DataError("leads outside the data folder", file=path)
             for row, fields in _rows(fs, path):
                 if "file_name" not in fields:
                     raise DataError("has no column file_name", file=path, row=row)
@@ -306,14 +336,12 @@ def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
 def _flat_folder(fs: Any, root: str, folder: str, deep: bool = False) -> Iterator[Record]:
     """The pictures of a folder (`deep`: and below), with .txt/.json/.cls files of the same stem."""
     paths = sorted(fs.find(folder) if deep else [e["name"] for e in fs.ls(folder, detail=True) if e["type"] == "file"])
-    beside = {p for p in paths if p.lower().endswith((".txt", ".json", ".cls"))}
+    beside = {p for p in paths if p.lower().endswith(SIDE_SUFFIXES)}
     for row, path in enumerate(p for p in paths if p.lower().endswith(IMAGE_SUFFIXES)):
         stem = posixpath.splitext(path)[0]
         problem, fields = "", {}
         try:
-            texts = {
-                s: _read_file(fs, stem + s, MAX_SIDE_FILE) for s in (".txt", ".json", ".cls") if stem + s in beside
-            }
+            texts = {s: _side_file(fs, root, stem + s) for s in SIDE_SUFFIXES if stem + s in beside}
             fields = _side_fields(texts, stem)
         except DataError as error:
             problem = str(error)
@@ -327,8 +355,9 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
     base = posixpath.dirname(path) if fs.isfile(root) else root
     source = _relative(path, base)
     with fs.open(path, "rb") as file:
+        bounded: Any = _Bounded(file)
         try:
-            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed with the file)
+            archive = tarfile.open(fileobj=bounded, mode="r:")  # noqa: SIM115 (closed with the file)
         except tarfile.TarError as error:
             raise DataError(f"is not a plain tar ({error})", file=path) from error
         group: dict[str, tarfile.TarInfo] = {}
@@ -361,8 +390,9 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
                 group, key = {}, stem
             if member is None:
                 break
-            if member.isreg():
-                group["." + last.partition(".")[2].lower()] = member
+            suffix = "." + last.partition(".")[2].lower()
+            if member.isreg() and suffix in (*SIDE_SUFFIXES, *IMAGE_SUFFIXES):
+                group[suffix] = member
 
 
 def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarInfo], row: int) -> Record | None:
@@ -376,7 +406,7 @@ def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarIn
         return record
     position = file.tell()
     texts: dict[str, bytes] = {}
-    for side in (".txt", ".json", ".cls"):
+    for side in SIDE_SUFFIXES:
         if side in group:
             file.seek(group[side].offset_data)
             texts[side] = bytes(file.read(min(group[side].size, MAX_SIDE_FILE)))
@@ -401,18 +431,25 @@ def _parquet(fs: Any, root: str, path: str, image_column: str | None, allow_outs
         schema = parquet.schema_arrow
         column = _image_column(schema, image_column, path)
         row = 0
-        batches = parquet.iter_batches(batch_size=256)
+        for number in range(parquet.num_row_groups):
+            size = parquet.metadata.row_group(number).total_byte_size
+            if size > MAX_GROUP:
+                raise DataError(f"row group {number} holds {size} bytes, more than {MAX_GROUP}", file=path, row=row)
+        batches = parquet.iter_batches(batch_size=8)  # a few: one large value may be repeated in all rows
         while True:
             try:
-                rows = next(batches).to_pylist()
+                batch = next(batches)
+                rows = ({n: batch.column(n)[i].as_py() for n in batch.schema.names} for i in range(batch.num_rows))
+                for cells in rows:
+                    picture = cells.pop(column)
+                    yield _cell_record(fs, base, source, column, picture, cells, row, allow_outside)
+                    row += 1
             except StopIteration:
                 break
+            except DataError:
+                raise
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise DataError(f"is damaged: {error}"[:200], file=path, row=row) from error
-            for cells in rows:
-                picture = cells.pop(column)
-                yield _cell_record(fs, base, source, column, picture, cells, row, allow_outside)
-                row += 1
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, path: str) -> str:
@@ -461,10 +498,10 @@ def _named_picture(fs: Any, base: str, name: str, fields: dict[str, Any], row: i
 def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     with fs.open(path, "rb") as raw:
         stream: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
+        lines = _lines(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=""), path, raw)
         if path.lower().endswith(".csv"):
             csv.field_size_limit(16 * 2**20)
-            reader = csv.DictReader(text)
+            reader = csv.DictReader(lines)
             try:
                 for row, fields in enumerate(reader):
                     fields.pop(None, None)
@@ -472,11 +509,7 @@ def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
             except csv.Error as error:
                 raise DataError(f"cannot be read as CSV ({error})", file=path, row=reader.line_num) from error
             return
-        read = 0
-        for row, line in enumerate(text):
-            read += len(line)
-            if read > MAX_TABLE:
-                raise DataError(f"holds more than {MAX_TABLE} characters", file=path, row=row)
+        for row, line in enumerate(lines):
             if line.strip():
                 try:
                     fields = json.loads(line)
@@ -485,6 +518,24 @@ def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(fields, dict):
                     raise DataError("is not a JSON object", file=path, row=row)
                 yield row, fields
+
+
+def _lines(text: Any, path: str, raw: Any) -> Iterator[str]:
+    """Lines of a table; none may be huge, nor may they be far more than `raw` holds packed."""
+    read = 0
+    for row in itertools.count():
+        try:
+            line = text.readline(MAX_LINE)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"cannot be read: {error}"[:200], file=path, row=row) from error
+        if not line:
+            return
+        read += len(line)
+        if len(line) == MAX_LINE:
+            raise DataError(f"a line has {MAX_LINE} characters or more", file=path, row=row)
+        if read > min(MAX_TABLE, MAX_RATIO * raw.tell() + 4 * 2**20):
+            raise DataError(f"{read} characters so far, too many for the size of the file", file=path, row=row)
+        yield line
 
 
 def _table(fs: Any, root: str, path: str, image_column: str | None, allow_outside: bool) -> Iterator[Record]:

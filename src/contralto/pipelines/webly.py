@@ -45,7 +45,7 @@ from contralto.encoders.text import text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import noise_metrics
-from contralto.files import remove_leftovers, write_atomically
+from contralto.files import naming, remove_leftovers, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
 from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
@@ -65,6 +65,8 @@ VERDICTS = {
     Verdict.OFF_TOPIC: "off-topic",
     Verdict.ANCHOR: "anchor",
 }
+FREE = ("checkpoint_every",)
+"""Arguments on which no result depends: a run may go on with other ones."""
 Array = npt.NDArray[Any]
 
 
@@ -132,6 +134,7 @@ def fit_capro(
     strategy: str = "auto",
     seed: int = 1024,
     cache: str | Path | None = None,
+    checkpoint_every: int = 1000,
     progress: bool = True,
     **system: Any,
 ) -> Path:
@@ -182,6 +185,8 @@ def fit_capro(
         Of everything that is drawn, but for the views of `frozen_features`, which are the same for all seeds.
     cache : path, optional
         Folder for features, shared between runs; default: `features` in the run folder.
+    checkpoint_every : int
+        Steps between checkpoints, and so the most that a killed run trains again; it may change when a run goes on.
     progress : bool
         Show what is going on.
     **system
@@ -270,10 +275,13 @@ class Job:
             "extensions": self._extensions(),
         }
         if path.exists() and (self.out / "manifest").exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            same = {k: before.get(k) == config[k] for k in ("data", "arguments")}
-            if not all(same.values()):
-                changed = [k for k, v in config["arguments"].items() if before.get("arguments", {}).get(k) != v]
+            with naming(path):
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            ours, theirs = (
+                {k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before)
+            )
+            if before.get("data") != self.data or ours != theirs:
+                changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
                 raise UsageError(
                     f"{self.out} holds a run with other arguments ({', '.join(changed) or 'data'}): choose another --out, "
                     f"or delete that folder"
@@ -285,7 +293,8 @@ class Job:
         self._write_json("config.json", config)
         self._write_json("environment.json", environment())
         if (self.out / "seconds.json").exists():
-            self.seconds = json.loads((self.out / "seconds.json").read_text(encoding="utf-8"))
+            with naming(self.out / "seconds.json"):
+                self.seconds = dict(json.loads((self.out / "seconds.json").read_text(encoding="utf-8")))
 
     def _extensions(self) -> list[str]:
         return [e for e in EXTENSIONS if self.arguments[e] != _default(e)]
@@ -350,10 +359,9 @@ class Job:
         queue = self.arguments["queue_size"]
         if queue < self.arguments["batch_size"] * self.arguments["devices"]:
             raise UsageError(f"queue_size {queue} is smaller than a batch of {self.arguments['batch_size']}")
+        arguments = {k: v for k, v in self.arguments.items() if k not in FREE}
         self._fingerprint = hashlib.sha256(
-            json.dumps(
-                [self.manifest.fingerprint(), self.arguments | {"cache": None}], sort_keys=True, default=str
-            ).encode()
+            json.dumps([self.manifest.fingerprint(), arguments | {"cache": None}], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
         return self.manifest
 
@@ -464,6 +472,7 @@ class Job:
                 self.out / "stages" / stage,
                 epochs=epochs,
                 fingerprint=self._fingerprint,
+                checkpoint_every=a["checkpoint_every"],
                 progress=self.progress,
                 trainer={k: a[k] for k in ("accelerator", "devices", "precision", "strategy")},
             )

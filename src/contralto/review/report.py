@@ -27,7 +27,7 @@ from contralto.data.manifest import Manifest
 from contralto.errors import DataError
 from contralto.evaluation.classification import per_class_accuracy
 from contralto.evaluation.noise import risk_coverage
-from contralto.files import write_atomically
+from contralto.files import naming, write_atomically
 from contralto.review.charts import bar_pairs, curve, heat_map, scatter
 
 __all__ = ["write_report"]
@@ -72,12 +72,20 @@ def write_report(
     for needed in ("config.json", "cleaned.parquet", "metrics.json"):
         if not (run / needed).is_file():
             raise DataError(f"there is no {needed} yet: the run is not finished", file=str(run))
+    with naming(run):  # files that can be read may still not fit together
+        html = _page(run, read_image, thumbnail, max_bytes)
+    target = Path(out) if out is not None else run / "report.html"
+    write_atomically(target, lambda path: path.write_text(html, encoding="utf-8"))
+    return target
+
+
+def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbnail: int, max_bytes: int) -> str:
     manifest = Manifest.load(run / "manifest")
     config = _json(run / "config.json")
     metrics = {"test": None, "noise": None, "anchors": None} | _json(run / "metrics.json")
     if metrics["test"] is not None:
         metrics["test"] = {"plain": None, "difference": None} | metrics["test"]
-    rows = pq.read_table(run / "cleaned.parquet").to_pylist()
+    rows = _table(run / "cleaned.parquet").to_pylist()
     clean = manifest.column("clean_label").astype(int)
     known = bool((clean[[r["index"] for r in rows]] != -2).any())
     parts = {
@@ -111,20 +119,23 @@ def write_report(
     )
     fixed = len(template.render(page, items="", sheets=[], thumbnail=thumbnail, left_out=0).encode())
     items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, max_bytes - fixed - 200_000)
-    html = template.render(
+    return template.render(
         page,
         items=markupsafe.Markup(_safe_json(items)),  # noqa: S704 (escaped by _safe_json)
         sheets=sheets,
         thumbnail=size,
         left_out=left_out,
     )
-    target = Path(out) if out is not None else run / "report.html"
-    write_atomically(target, lambda path: path.write_text(html, encoding="utf-8"))
-    return target
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    with naming(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _table(path: Path) -> Any:
+    with naming(path):
+        return pq.read_table(path)
 
 
 def _policy_hash(text: str) -> str:
@@ -234,7 +245,7 @@ def _accuracy_chart(run: Path, manifest: Manifest) -> str:
     path = run / "test_predictions.parquet"
     if not path.exists():
         return ""
-    table = pq.read_table(path)
+    table = _table(path)
     labels, count = table.column("label").to_numpy(), len(manifest.classes)
     ours = per_class_accuracy(labels, table.column("predicted").to_numpy(), count)
     plain = (
@@ -277,7 +288,7 @@ def _map_chart(run: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str
     by_index = {r["index"]: r for r in rows}
     number = {n: i for i, n in enumerate(manifest.class_names)}
     points, prototypes = [], []
-    for r in pq.read_table(run / "map.parquet").to_pylist():
+    for r in _table(run / "map.parquet").to_pylist():
         if r["index"] < 0:
             c = -1 - r["index"]
             prototypes.append((r["x"], r["y"], c, manifest.class_names[c]))
@@ -293,8 +304,9 @@ def _curve_charts(run: Path) -> list[dict[str, Any]]:
         path = run / "stages" / stage / "metrics.jsonl"
         if not path.exists():
             continue
-        epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        keys = [k for k in epochs[-1] if k.startswith("loss_")]
+        with naming(path):
+            epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            keys = [k for k in epochs[-1] if k.startswith("loss_")]
         for title, wanted, percent in (("losses", keys, False), ("kept and corrected", ["kept", "corrected"], True)):
             series = [(k, [(e["epoch"], e[k]) for e in epochs if k in e]) for k in wanted]
             series = [s for s in series if s[1]]

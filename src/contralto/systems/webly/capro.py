@@ -213,7 +213,8 @@ class CAPro(LightningModule):
         h = self.arguments
         if h.stage == "plain":
             logits = self.classifier(self.encoder(batch["views"][0]))
-            loss = (batch["weight"] * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
+            rows = mean_weight(batch["label"].new_tensor(len(logits)))  # the last batch of an epoch may be uneven
+            loss = rows * (batch["weight"] * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
             return {"loss": loss, "loss_cls": loss}
         label, weight = batch["label"], batch["weight"]
         prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch
@@ -278,11 +279,12 @@ class CAPro(LightningModule):
                 )
         elif world_size() > 1:  # every rank must reach all parameters
             out["loss_cls"] = 0.0 * (logits.sum() + aux.sum() + reconstruction.sum())
+        rows = mean_weight(label.new_tensor(len(label)))
         if world_size() > 1:
             share = mean_weight(kept.sum())
-            out = {k: v if k == "loss_ins" else share * v for k, v in out.items()}
+            out = {k: (rows if k == "loss_ins" else share) * v for k, v in out.items()}
         if h.stage == "finetune" and h.mixup > 0:
-            out["loss_mixup"] = self._mixup(batch["views"][0], label, epoch, batch_idx)
+            out["loss_mixup"] = rows * self._mixup(batch["views"][0], label, epoch, batch_idx)
         out["loss"] = torch.stack(list(out.values())).sum()
         if correction is not None:
             out["kept"] = kept.float().mean()
@@ -386,8 +388,17 @@ class CAPro(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the mean of every loss over the steps that had it; once an epoch, because logging costs more than a step."""
         keys = dict.fromkeys(k for part in self._parts for k in part)
-        self.log_dict({k: torch.stack([p[k] for p in self._parts if k in p]).mean() for k in keys}, sync_dist=True)
+        means = {k: torch.stack([p[k].to(self.device) for p in self._parts if k in p]).mean() for k in keys}
+        self.log_dict(means, sync_dist=True)
         self._parts.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses of the steps of this epoch: a training may go on within it."""
+        checkpoint["parts"] = self._parts
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the losses of the epoch."""
+        self._parts = checkpoint.get("parts", [])
 
     def on_train_epoch_start(self) -> None:
         """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""

@@ -18,12 +18,14 @@ from contralto.data.images import decode_image
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
-from contralto.files import save_weights, write_atomically
+from contralto.files import naming, save_weights, write_atomically
 from contralto.views.image import EvalView
 
 __all__ = ["Predictions", "WebClassifier", "load"]
 
 Pictures = Sequence[Any]
+MAX_SIZE = 65_536
+"""Widths and sides above this are no model but damage."""
 
 
 class Predictions(list[str]):
@@ -180,6 +182,30 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
         raise DataError(
             "there is no model here (config.json and model.safetensors); is the run finished?", file=str(folder)
         )
-    model = WebClassifier(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with naming(folder / "config.json"):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _check_config(config)
+        model = WebClassifier(config)
+    with naming(folder / "model.safetensors"):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval().to(device)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Refuse values that no model has, before anything of that size is made of them."""
+
+    def number(value: Any, low: float, high: float) -> bool:
+        return type(value) in (int, float) and low < value <= high  # NaN is neither
+
+    sizes = [config[k] for k in ("num_features", "size", "hidden", "dim")]
+    right = {
+        "sizes": all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes),
+        "crop": number(config["crop"], 0.05, 1),
+        "mean": len(config["mean"]) == 3 and all(number(x, -1000, 1000) for x in config["mean"]),
+        "std": len(config["std"]) == 3 and all(number(x, 0, 1000) for x in config["std"]),
+        "classes": isinstance(config["classes"], list) and all(isinstance(c, str) for c in config["classes"]),
+        "encoder": isinstance(config["encoder"], str),
+    }
+    wrong = [name for name, holds in right.items() if not holds]
+    if wrong:
+        raise ValueError(f"odd values of {', '.join(wrong)}")
