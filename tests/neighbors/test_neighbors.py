@@ -115,6 +115,55 @@ def test_knn_is_exact_and_has_the_sample_itself_first():
     assert (knn(crowded, 2)[1][:, 0] == np.arange(10)).all()
 
 
+def clustered(n, dim=32, classes=20, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(classes, dim))[rng.integers(0, classes, n)] + 0.6 * rng.normal(size=(n, dim))
+
+
+@pytest.mark.parametrize(("search", "least"), [("ivf", 0.95), ("IVF32,SQ8", 0.9), ("HNSW16", 0.8)])
+def test_an_index_finds_nearly_all_with_the_sample_itself_first(search, least):
+    x = clustered(2000)
+    x[100:140] = x[100]  # more duplicates than neighbours
+    x[7] = 0.0
+    similarity, index = knn(x, 10, search=search, probes=8)
+    exact_similarity, exact = knn(x, 10)
+    assert (index[:, 0] == np.arange(2000)).all()
+    assert all(len(set(row)) == 10 for row in index)
+    rows = np.r_[8:100, 140:2000]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(index[rows], exact[rows], strict=True)]) > least
+    assert set(index[120]) <= set(range(100, 140))
+    np.testing.assert_allclose(similarity[:, 0], exact_similarity[:, 0], atol=0.02)
+    again = knn(x, 10, search=search, probes=8)
+    if not search.startswith("HNSW"):  # which is built by several threads at once
+        assert np.array_equal(index, again[1])
+        assert np.array_equal(similarity, again[0])
+
+
+def test_an_index_with_all_cells_probed_is_exact_and_short_cells_are_made_up_for():
+    x = clustered(500)
+    for probes, k in ((10_000, 12), (1, 200)):
+        similarity, index = knn(x, k, search="ivf", probes=probes)
+        expected = knn(x, k)
+        assert (index >= 0).all()
+        rows = slice(None) if probes > 1 else (np.diff(similarity, axis=1) <= 1e-6).all(1)
+        assert (similarity[rows] <= expected[0][rows] + 1e-5).all()
+        if probes > 1:
+            assert np.array_equal(index, expected[1])
+    assert np.array_equal(knn(x, 5, search="auto")[1], knn(x, 5)[1])
+
+
+def test_queries_of_an_index_and_a_graph_made_with_it():
+    x = clustered(1500)
+    similarity, index = knn(x, 3, queries=x[:50], search="ivf")
+    assert (index[:, 0] == np.arange(50)).all()
+    np.testing.assert_allclose(similarity[:, 0], 1, atol=1e-5)
+    graph, exact = (neighbour_graph(x, candidates=10, k=4, search=s)[0] for s in ("ivf", "exact"))
+    assert np.mean([len(set(a) & set(b)) / 4 for a, b in zip(graph, exact, strict=True)]) > 0.95
+    for wrong in ({"search": "nonsense"}, {"search": "ivf", "probes": 0}):
+        with pytest.raises(UsageError):
+            knn(x, 3, **wrong)
+
+
 def test_neighbour_graph_without_reranking_is_plain_knn():
     x = unit(np.random.default_rng(3), 30, 5)
     index, distance = neighbour_graph(x, k=4, use_rerank=False)

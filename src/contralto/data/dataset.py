@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Sampler
 
 from contralto import distributed
 from contralto.errors import UsageError
-from contralto.views.image import EvalView, View, view_generator
+from contralto.views.image import EvalView, View, draw_views, view_generator
 
 __all__ = ["Batch", "EpochSampler", "FeatureDataset", "ImageDataset"]
 
@@ -92,7 +92,7 @@ class ImageDataset(Dataset[Batch]):
     Parameters
     ----------
     read : function
-        Row -> uint8 array (H, W, 3), decoded and bounded.
+        Row -> encoded bytes, which are decoded here within bounds and no finer than the views need, or uint8 array (H, W, 3).
     fields : mapping of str to Tensor (N, ...)
         What comes along with each row (`label`, `anchor`, ...).
     views : sequence of View
@@ -102,7 +102,7 @@ class ImageDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        read: Callable[[int], npt.NDArray[np.uint8]],
+        read: Callable[[int], bytes | npt.NDArray[np.uint8]],
         fields: Mapping[str, Tensor],
         views: Sequence[View | EvalView],
         *,
@@ -115,8 +115,8 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitem__(self, key: Key) -> Batch:
         epoch, row = key
-        image = torch.from_numpy(self.read(row)).permute(2, 0, 1)
-        views = [view(image, view_generator(self.seed, epoch, row, v)) for v, view in enumerate(self.views)]
+        generators = [view_generator(self.seed, epoch, row, v) for v in range(len(self.views))]
+        views = draw_views(self.read(row), self.views, generators)
         return {"views": views, "index": torch.tensor(row), **{k: v[row] for k, v in self.fields.items()}}
 
 

@@ -1,6 +1,7 @@
 """Pictures from untrusted bytes: checked by their header before anything is decoded, then decoded within bounds."""
 
 import io
+import math
 import warnings
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ __all__ = [
     "decode_image",
     "duplicate_groups",
     "filter_reason",
+    "load_image",
+    "open_image",
+    "orientation",
+    "oriented_size",
     "perceptual_hash",
     "probe_image",
 ]
@@ -46,7 +51,21 @@ class ImageInfo(NamedTuple):
     format: str
 
 
-def _open(data: bytes, max_pixels: int, max_bytes: int) -> Image.Image:
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
+    """Read and check the header; nothing is decoded before `load_image`.
+
+    Raises
+    ------
+    ImageError
+        If the bytes are not a picture in one of `FORMATS` within the bounds.
+
+    Examples
+    --------
+    >>> buffer = io.BytesIO()
+    >>> Image.new("RGB", (30, 20)).save(buffer, "PNG")
+    >>> open_image(buffer.getvalue()).size
+    (30, 20)
+    """
     if not data:
         raise ImageError("empty file")
     if len(data) > max_bytes:
@@ -89,13 +108,21 @@ def probe_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = M
     >>> probe_image(buffer.getvalue())
     ImageInfo(width=30, height=20, format='PNG')
     """
-    image = _open(data, max_pixels, max_bytes)
+    image = open_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    return ImageInfo(*oriented_size(image), str(image.format))
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says that the pixels lie: 1 (as they are) to 8."""
     try:
-        rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError):
-        rotated = False  # a damaged EXIF block says nothing about the pixels
-    size = (image.height, image.width) if rotated else (image.width, image.height)
-    return ImageInfo(*size, str(image.format))
+        return int(image.getexif().get(0x0112, 1))
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, ArithmeticError):
+        return 1  # a damaged EXIF block says nothing about the pixels
+
+
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after EXIF rotation, by the header."""
+    return (image.height, image.width) if orientation(image) in (5, 6, 7, 8) else image.size
 
 
 def decode_image(
@@ -118,16 +145,27 @@ def decode_image(
     ImageError
         Also if the picture is truncated.
     """
-    image = _open(data, max_pixels, max_bytes)
+    image = load_image(open_image(data, max_pixels=max_pixels, max_bytes=max_bytes), size)
+    return np.array(image, dtype=np.uint8)  # a copy: torch wants writable memory
+
+
+def load_image(image: Image.Image, size: int | None = None) -> Image.Image:
+    """Decode what `open_image` opened, as `decode_image` does, to a PIL image in RGB.
+
+    Raises
+    ------
+    ImageError
+        If the picture is truncated or broken.
+    """
     try:
         if size is not None and image.format == "JPEG":
             ratio = size / min(image.size)
-            image.draft("RGB", (max(1, round(image.width * ratio)), max(1, round(image.height * ratio))))
+            image.draft("RGB", (max(1, math.ceil(image.width * ratio)), max(1, math.ceil(image.height * ratio))))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on metadata; what matters raises
             image.load()
-            image = ImageOps.exif_transpose(image)
-        return np.array(_to_rgb(image), dtype=np.uint8)  # a copy: torch wants writable memory
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except ImageError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
@@ -144,7 +182,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # to convert is to copy, even where nothing changes
 
 
 def filter_reason(

@@ -178,6 +178,8 @@ class ByteReader:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        fs, folder = _filesystem(root)
+        self._folder = folder if _is_local(fs) else None
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
 
@@ -189,19 +191,29 @@ class ByteReader:
         DataError
             If the file is gone or shorter than it was.
         """
-        fs, root = _filesystem(self.root)
-        path = source if _is_absolute(source) else posixpath.join(root, source)
+        local = self._folder is not None and "://" not in source
         try:
-            if container == "parquet":
-                return self._cell(fs, path, member, offset)
-            with fs.open(path, "rb") as file:
-                file.seek(offset)
-                data = bytes(file.read(length))
+            if local and container != "parquet":  # opened without fsspec, which costs more than the read
+                path = source if _is_absolute(source) else posixpath.join(str(self._folder), source)
+                with Path(path).open("rb", buffering=0) as file:
+                    file.seek(offset)
+                    data = bytes(file.read(length) or b"")
+            else:
+                data = self._read_through_fsspec(source, container, member, offset, length)
         except OSError as error:
             raise DataError(f"cannot be read any more: {error}", file=source) from error
         if len(data) != length:
             raise DataError(f"has changed: expected {length} bytes at {offset}, found {len(data)}", file=source)
         return data
+
+    def _read_through_fsspec(self, source: str, container: str, member: str, offset: int, length: int) -> bytes:
+        fs, root = _filesystem(self.root)
+        path = source if _is_absolute(source) else posixpath.join(root, source)
+        if container == "parquet":
+            return self._cell(fs, path, member, offset)
+        with fs.open(path, "rb") as file:
+            file.seek(offset)
+            return bytes(file.read(length))
 
     def _cell(self, fs: Any, path: str, column: str, row: int) -> bytes:
         if path not in self._starts:

@@ -1,19 +1,30 @@
-"""Exact nearest neighbours on FAISS."""
+"""Nearest neighbours on FAISS: exact, or by an index that looks at a part of the rows."""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from contralto.errors import UsageError
 
-__all__ = ["knn"]
+__all__ = ["AUTO_EXACT", "knn"]
 
 Array = npt.NDArray[np.float32]
 
+AUTO_EXACT = 50_000
+"""Up to so many rows, "auto" is exact: on two cores that takes some ten seconds."""
+
 
 def knn(
-    features: npt.ArrayLike, k: int, *, queries: npt.ArrayLike | None = None
+    features: npt.ArrayLike,
+    k: int,
+    *,
+    queries: npt.ArrayLike | None = None,
+    search: str = "exact",
+    probes: int = 32,
+    seed: int = 0,
 ) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Exact k nearest neighbours by cosine (CAPro 3.1).
+    """Nearest neighbours by cosine (CAPro 3.1).
 
     Parameters
     ----------
@@ -23,12 +34,25 @@ def knn(
         Neighbours per query, at most N.
     queries : array (Q, D), optional
         Default: the features themselves; then every row has itself at rank 0.
+    search : str
+        "exact"; "ivf": the rows are sorted into about ``4 sqrt(N)`` cells, and a query looks into the nearest `probes` of
+        them; "auto": exact up to `AUTO_EXACT` rows, else "ivf"; or any string of FAISS's index factory, such as
+        "IVF4096,SQ8", which keeps a quarter of the memory.
+    probes : int
+        Cells looked into; more find more and take longer. What it costs and finds: ``results/neighbours.json``.
+    seed : int
+        Of the cells.
 
     Returns
     -------
     similarity : array (Q, k) float32
-        Descending cosines.
+        Descending cosines; estimates where the index compresses.
     index : array (Q, k) int64
+
+    Raises
+    ------
+    UsageError
+        If an argument does not fit, or FAISS does not know the index.
 
     Examples
     --------
@@ -36,22 +60,50 @@ def knn(
     >>> index.tolist()
     [[0, 1], [1, 0], [2, 1]]
     """
-    import faiss
-
     data = _unit(features)
     if not 1 <= k <= len(data):
         raise UsageError(f"k must be between 1 and the number of rows, {len(data)}; got {k}")
+    if probes < 1:
+        raise UsageError(f"probes must be at least 1, got {probes}")
     points = data if queries is None else _unit(queries)
-    engine = faiss.IndexFlatIP(data.shape[1])
-    engine.add(data)
+    engine = _engine(data, search, probes, seed)
     similarity = np.empty((len(points), k), np.float32)
     index = np.empty((len(points), k), np.int64)
     for start in range(0, len(points), 4096):  # bounds the memory of the result heap
         part = slice(start, start + 4096)
         similarity[part], index[part] = engine.search(points[part], k)
+    short = np.flatnonzero((index < 0).any(1))  # the cells that were looked into hold fewer than k rows
+    if len(short):
+        similarity[short], index[short] = _engine(data, "exact", probes, seed).search(points[short], k)
     if queries is None:
-        _self_first(similarity, index)
+        _self_first(data, similarity, index)
     return similarity, index
+
+
+def _engine(data: Array, search: str, probes: int, seed: int) -> Any:
+    import faiss
+
+    n, dim = data.shape
+    engine: Any
+    if search == "exact" or (search == "auto" and n <= AUTO_EXACT):
+        engine = faiss.IndexFlatIP(dim)
+    else:
+        cells = max(1, min(round(4 * n**0.5), n // 39))  # FAISS wants 39 rows a cell to learn from
+        try:
+            form = f"IVF{cells},Flat" if search in ("ivf", "auto") else search
+            engine = faiss.index_factory(dim, form, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise UsageError(
+                f'search must be "exact", "ivf", "auto" or a string of FAISS\'s index factory, got {search!r}'
+            ) from error
+        ivf = faiss.try_extract_index_ivf(engine)
+        if ivf is not None:
+            ivf.nprobe = probes
+            ivf.cp.seed, ivf.cp.niter, ivf.cp.max_points_per_centroid = seed, 10, 64  # more changes little here
+            ivf.cp.min_points_per_centroid = 1
+        engine.train(data)
+    engine.add(data)
+    return engine
 
 
 def _unit(features: npt.ArrayLike) -> Array:
@@ -62,7 +114,7 @@ def _unit(features: npt.ArrayLike) -> Array:
     return data
 
 
-def _self_first(similarity: Array, index: npt.NDArray[np.int64]) -> None:
+def _self_first(data: Array, similarity: Array, index: npt.NDArray[np.int64]) -> None:
     """Exact duplicates tie with the sample itself: put it in front, or in place of the last if it was crowded out."""
     own = np.arange(len(index))[:, None]
     is_own = index == own
@@ -73,3 +125,4 @@ def _self_first(similarity: Array, index: npt.NDArray[np.int64]) -> None:
     similarity[:] = np.take_along_axis(similarity, source, 1)
     index[:] = np.take_along_axis(index, source, 1)
     index[:, 0] = own[:, 0]
+    similarity[position > 0, 0] = (data[position > 0] ** 2).sum(1)  # what stood there may have been another's

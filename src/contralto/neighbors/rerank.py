@@ -106,6 +106,8 @@ def neighbour_graph(
     k1: int = 20,
     k2: int = 6,
     weight: float = 0.3,
+    search: str = "exact",
+    seed: int = 0,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """The k nearest of each sample after re-ranking (CAPro 3.1 to 3.3; without re-ranking 3.6).
 
@@ -118,6 +120,10 @@ def neighbour_graph(
         Neighbours kept.
     use_rerank : bool
         `False`: the k nearest by cosine, distance 1 - cosine clipped to [0, 1].
+    k1, k2, weight
+        Of the re-ranking.
+    search, seed
+        How the candidates are found, as in `contralto.neighbors.knn.knn`.
 
     Returns
     -------
@@ -133,9 +139,9 @@ def neighbour_graph(
     data = np.asarray(features, dtype=np.float32)
     n = len(data)
     if not use_rerank:
-        similarity, index = knn(data, min(k, n))
+        similarity, index = knn(data, min(k, n), search=search, seed=seed)
         return index, 1 - similarity.clip(0, 1)
-    _, index = knn(data, min(candidates, n))
+    _, index = knn(data, min(candidates, n), search=search, seed=seed)
     unit = data / np.maximum(np.linalg.norm(data, axis=1, keepdims=True), 1e-12)
     distance = np.empty(index.shape, np.float32)
     for start in range(0, n, 2048):  # the gathered rows of a part are the largest array here

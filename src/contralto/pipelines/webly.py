@@ -54,7 +54,7 @@ from contralto.prototypes.correction import Verdict, correct_labels, probability
 from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
 from contralto.systems.webly.model import WebClassifier
 from contralto.training.fit import fit_stage
-from contralto.views.image import EvalView, View, strong_view, view_generator, weak_view
+from contralto.views.image import EvalView, View, draw_views, strong_view, view_generator, weak_view
 
 __all__ = ["PRESETS", "Job", "estimate_cost", "fit_capro", "load_preset"]
 
@@ -372,11 +372,15 @@ class Job:
 
     def read_image(self, row: int) -> npt.NDArray[np.uint8]:
         """Decode the picture of one row of the manifest."""
+        return decode_image(self.read_bytes(row))
+
+    def read_bytes(self, row: int) -> bytes:
+        """The encoded picture of one row of the manifest."""
         if not hasattr(self, "_reader"):
             self._reader = ByteReader(self.manifest.root)
             names = ("source", "container", "member", "offset", "length")
             self._places = list(zip(*(self.manifest.table.column(n).to_pylist() for n in names), strict=True))
-        return decode_image(self._reader.read(*self._places[row]))
+        return self._reader.read(*self._places[row])
 
     # Encoder, views and features.
 
@@ -401,7 +405,7 @@ class Job:
         }  # fmt: skip
 
         def compute() -> Array:
-            dataset = _Pictures(self.read_image, rows, view, 0, variant)
+            dataset = _Pictures(self.read_bytes, rows, view, 0, variant)
             loader = DataLoader(dataset, batch_size=64, num_workers=0)
             batches = track(
                 loader,
@@ -498,7 +502,7 @@ class Job:
             ]
             dataset: Any = FeatureDataset(arrays, fields, seed=seed)
         else:
-            dataset = ImageDataset(lambda i: self.read_image(int(self.train_rows[chosen[i]])), fields, views, seed=seed)
+            dataset = ImageDataset(lambda i: self.read_bytes(int(self.train_rows[chosen[i]])), fields, views, seed=seed)
         balance = fields["label"].numpy() if a["class_balanced"] else None
         return DataLoader(
             dataset,
@@ -519,7 +523,7 @@ class Job:
                     self.features(encoder, self.train_rows, view, 0, "eval view")[part].astype(np.float32)
                 )
             else:
-                x = torch.stack([_Pictures(self.read_image, self.train_rows, view, 0, 0)[int(i)] for i in part])
+                x = torch.stack([_Pictures(self.read_bytes, self.train_rows, view, 0, 0)[int(i)] for i in part])
             batch = {"views": [x], "label": torch.from_numpy(self.labels[part]), "index": torch.from_numpy(part)}
             if self.arguments["text_weight"] > 0:
                 batch["text_scores"] = torch.from_numpy(np.ascontiguousarray(self.matching.probability[part]))
@@ -762,7 +766,7 @@ class Job:
             features = self.features(encoder, rows, view, 0, "test view")
             with torch.inference_mode():
                 return np.asarray(module(torch.from_numpy(features.astype(np.float32))).numpy())
-        dataset = _Pictures(self.read_image, rows, view, 0, 0)
+        dataset = _Pictures(self.read_bytes, rows, view, 0, 0)
         with torch.inference_mode():
             return np.asarray(torch.cat([module(x) for x in DataLoader(dataset, batch_size=64)]).numpy())
 
@@ -832,7 +836,7 @@ class _Pictures(torch.utils.data.Dataset[Tensor]):
     """One view of some rows, for encoding; `variant` stands for the epoch in the drawing of views."""
 
     def __init__(
-        self, read: Callable[[int], npt.NDArray[np.uint8]], rows: Array, view: View | EvalView, seed: int, variant: int
+        self, read: Callable[[int], bytes], rows: Array, view: View | EvalView, seed: int, variant: int
     ) -> None:
         self.read, self.rows, self.view, self.seed, self.variant = read, rows, view, seed, variant
 
@@ -841,8 +845,8 @@ class _Pictures(torch.utils.data.Dataset[Tensor]):
 
     def __getitem__(self, i: int) -> Tensor:
         row = int(self.rows[i])
-        image = torch.from_numpy(self.read(row)).permute(2, 0, 1)
-        return self.view(image, view_generator(self.seed, self.variant, row, int(isinstance(self.view, View))))
+        generator = view_generator(self.seed, self.variant, row, int(isinstance(self.view, View)))
+        return draw_views(self.read(row), [self.view], [generator])[0]
 
 
 def _as_it_is(batch: Any) -> Any:
