@@ -3,12 +3,13 @@
 Under structured label noise (wrong senses of a word), anchors chosen by text, prototypes and bootstrapping beat plain
 training on the web labels, and most of the gain sits in the ambiguous classes.
 
-Four arms see the same pictures, views, class-balanced draws and number of epochs:
+Five arms see the same pictures, views, class-balanced draws and number of epochs:
 
 - *plain*: cross-entropy on the web labels, as many epochs as all stages of CAPro together;
 - *random anchors*: the paper's rule with anchors drawn at random, which leaves the texts out;
 - *capro*: the paper's rule, anchors by text;
-- *capro+text*: the `small` preset, which goes beyond the paper (`text_weight`, `keep_threshold`).
+- *capro+text*: beyond the paper, the text keeps its say (`text_weight`, `keep_threshold`);
+- *capro+reconcile*: the `small` preset, which weighs web label, text and looks against each other (`reconcile`).
 
 The paper's other baseline, *vanilla* (stage 2: auxiliary head, reconstruction and instance contrast as well), is no arm of
 its own: over frozen features its other losses do not reach the linear classifier, which is then that of *plain* to the bit.
@@ -54,18 +55,31 @@ __all__ = [
     "shared_manifest",
 ]
 
-PAPER: dict[str, Any] = {"text_weight": 0.0, "keep_threshold": None}
+PAPER: dict[str, Any] = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "random anchors": PAPER,
     "capro": PAPER,
-    "capro+text": {},
+    "capro+text": {"reconcile": False},
+    "capro+reconcile": {},
 }
 RATE_ARGUMENTS = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
 GRID = (0.0003, 0.001, 0.003, 0.01)
 RATES: dict[str, dict[str, float]] = {
-    "web_icons": {"plain": 0.001, "random anchors": 0.001, "capro": 0.001, "capro+text": 0.003},
-    "fashion_web": {"plain": 0.0003, "random anchors": 0.001, "capro": 0.003, "capro+text": 0.003},
+    "web_icons": {
+        "plain": 0.001,
+        "random anchors": 0.001,
+        "capro": 0.001,
+        "capro+text": 0.003,
+        "capro+reconcile": 0.003,
+    },
+    "fashion_web": {
+        "plain": 0.0003,
+        "random anchors": 0.001,
+        "capro": 0.003,
+        "capro+text": 0.003,
+        "capro+reconcile": 0.003,
+    },
 }
 """Learning rate of every arm by data set, the outcome of `choose_rates`."""
 
@@ -75,6 +89,8 @@ COMPARISONS = (
     ("random anchors", "plain"),
     ("capro+text", "plain"),
     ("capro+text", "capro"),
+    ("capro+reconcile", "plain"),
+    ("capro+reconcile", "capro"),
 )
 DEVELOPMENT_SEED = 100
 

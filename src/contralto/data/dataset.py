@@ -11,6 +11,8 @@ key            shape                   meaning
 `anchor`       (B,) bool               the label is trusted (chosen by text)
 `weight`       (B,) float32            sample weight
 `text_scores`  (B, C) float32          P(class | text), only where a system asks for it
+`posterior`    (B, C) float32          P(class) by reconciled witnesses, rows sum to at most 1; only where there is one
+`target`       (B, C) float32          soft label to learn from, rows sum to 1; only where there is one
 =============  ======================  =====================================================================
 
 All order is a function of (seed, epoch) and all randomness of a sample one of (seed, epoch, index, view): a sampler yields
@@ -46,6 +48,8 @@ class EpochSampler(Sampler[Key]):
     seed : int
     labels : (N,) integers, optional
         When given, classes are drawn equally often (class-balanced, with replacement); an epoch is still `size` draws.
+    share : (N,), optional
+        Probability of every row, for draws with replacement of another kind.
 
     Examples
     --------
@@ -55,12 +59,19 @@ class EpochSampler(Sampler[Key]):
     [(5, 0), (5, 1), (5, 2)]
     """
 
-    def __init__(self, size: int, *, seed: int, labels: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        labels: npt.NDArray[np.int64] | None = None,
+        share: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         if size < 1:
             raise UsageError("there is nothing to train on: no image is left after filtering")
         self.size, self.seed, self.epoch = size, seed, 0
         self._done = (0, 0)
-        self.share: npt.NDArray[np.float64] | None = None
+        self.share = share
         if labels is not None:
             _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
             self.share = 1 / counts[inverse] / len(counts)
@@ -78,8 +89,8 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        balanced = self.share is not None
-        order = rng.choice(self.size, self.size, p=self.share) if balanced else rng.permutation(self.size)
+        uniform = self.share is None
+        order = rng.permutation(self.size) if uniform else rng.choice(self.size, self.size, p=self.share)
         ranks, rank = distributed.world_size(), distributed.rank()
         order = np.resize(order, len(self) * ranks)  # the last ranks start again at the front, so that all have as many
         done = self._done[1] if self._done[0] == self.epoch else 0

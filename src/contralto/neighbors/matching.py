@@ -9,7 +9,7 @@ import numpy.typing as npt
 from contralto.errors import UsageError
 from contralto.neighbors.rerank import rerank
 
-__all__ = ["Match", "Matching", "match_texts", "select_anchors"]
+__all__ = ["Match", "Matching", "match_texts", "select_anchors", "within_class_rank"]
 
 Match = Literal["rerank", "cosine", "discriminative"]
 
@@ -97,7 +97,7 @@ def match_texts(
                 if len(members):
                     distance[members] = rerank(K[c : c + 1], T[members], k1=k1, k2=k2, weight=weight)[0]
     distance = np.where(valid, distance, np.inf).astype(np.float32)
-    return Matching(distance, probability, cosine, _ranks(distance, labels))
+    return Matching(distance, probability, cosine, within_class_rank(distance, labels))
 
 
 def select_anchors(
@@ -129,7 +129,7 @@ def select_anchors(
         return (matching.rank >= 0) & (matching.rank < max(k, 1))
     if generator is None:
         raise UsageError("random anchors need a generator")
-    rank = _ranks(generator.random(len(labels)).astype(np.float32), labels)
+    rank = within_class_rank(generator.random(len(labels)).astype(np.float32), labels)
     return (rank >= 0) & (rank < -k)
 
 
@@ -139,7 +139,14 @@ def _unit(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return np.asarray(np.divide(x, norm, out=np.zeros_like(x), where=norm > 1e-12))
 
 
-def _ranks(distance: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+def within_class_rank(distance: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Place of every row among those of its label, 0 is the smallest; -1 without a label.
+
+    Examples
+    --------
+    >>> within_class_rank(np.array([0.3, 0.1, 0.2]), np.array([0, 0, 1])).tolist()
+    [1, 0, 0]
+    """
     order = np.lexsort((np.arange(len(labels)), distance, labels))
     sorted_labels = labels[order]
     start = np.searchsorted(sorted_labels, sorted_labels, side="left")

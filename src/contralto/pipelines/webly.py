@@ -47,12 +47,13 @@ from contralto.evaluation.classification import accuracy_interval, calibration_e
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import naming, remove_leftovers, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
-from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
+from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors, within_class_rank
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
 from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
 from contralto.systems.webly.model import WebClassifier
+from contralto.systems.webly.reconcile import MIN_WORTH, Reconciled, reconcile, soft_targets
 from contralto.training.fit import fit_stage
 from contralto.views.image import EvalView, View, draw_views, strong_view, view_generator, weak_view
 
@@ -123,6 +124,7 @@ def fit_capro(
     degree: int = 1,
     match: Match = "rerank",
     anchors: int | None = 50,
+    reconcile: bool = False,
     batch_size: int = 256,
     class_balanced: bool = False,
     sample_weights: Literal["none", "frequency", "text"] = "none",
@@ -172,6 +174,10 @@ def fit_capro(
         How texts and definitions are compared (CAPro 4).
     anchors : int, optional
         K per class; negative = random ones; None = by `scale_rule`.
+    reconcile : bool
+        Extension: weigh web label, text and looks against each other (`contralto.systems.webly.reconcile`). The posterior
+        judges the labels in place of the rule of CAPro 5.6, chooses the anchors, and is learnt from as soft labels. Texts that
+        say nothing about the labels are left out of it, and the rule of the paper holds.
     batch_size : int
     class_balanced : bool
         Extension: draw all classes equally often, in every stage and in the baseline.
@@ -427,7 +433,7 @@ class Job:
 
     # Training.
 
-    def _fields(self, rows: Array | None = None, labels: Array | None = None) -> dict[str, Tensor]:
+    def _fields(self, stage: Stage, rows: Array | None = None, labels: Array | None = None) -> dict[str, Tensor]:
         """All that a training learns from, besides pixels; `rows` and `labels` choose and replace."""
         n = len(self.labels)
         rows = np.arange(n) if rows is None else rows
@@ -439,7 +445,14 @@ class Job:
         }
         if self.arguments["text_weight"] > 0 and hasattr(self, "matching"):
             fields["text_scores"] = torch.from_numpy(np.ascontiguousarray(self.matching.probability[rows]))
+        if self._is_reconciled(stage):
+            fields["posterior"] = torch.from_numpy(self.reconciled.posterior[rows])
+            target, _ = soft_targets(self.reconciled.posterior, balanced=self.arguments["class_balanced"])
+            fields["target"] = torch.from_numpy(target[rows])
         return fields
+
+    def _is_reconciled(self, stage: Stage) -> bool:
+        return stage in ("capro", "finetune") and hasattr(self, "reconciled")
 
     def _weights(self) -> npt.NDArray[np.float32]:
         form = self.arguments["sample_weights"]
@@ -463,7 +476,9 @@ class Job:
             if before is not None:
                 module.load_state_dict(self.modules[before].state_dict())
             rows, labels = None, None
-            if stage == "finetune":
+            if stage == "finetune" and self._is_reconciled(stage):
+                labels = np.where(self.new_labels >= 0, self.new_labels, self.labels)
+            elif stage == "finetune":
                 rows, labels = np.flatnonzero(self.new_labels >= 0), np.maximum(self.new_labels, 0)
             elif a["sample_weights"] == "text" and hasattr(self, "matching"):
                 rows = np.flatnonzero(self.matching.cosine >= 0)
@@ -486,7 +501,7 @@ class Job:
     def _loader(self, encoder: ImageEncoder, stage: Stage, rows: Array | None, labels: Array | None) -> DataLoader[Any]:
         a = self.arguments
         chosen = np.arange(len(self.labels)) if rows is None else rows
-        fields = self._fields(chosen, labels)
+        fields = self._fields(stage, chosen, labels)
         _, weak, strong = self._views(encoder)
         views = [weak] if stage == "plain" else [weak, strong]
         seed = a["seed"]
@@ -503,11 +518,14 @@ class Job:
             dataset: Any = FeatureDataset(arrays, fields, seed=seed)
         else:
             dataset = ImageDataset(lambda i: self.read_bytes(int(self.train_rows[chosen[i]])), fields, views, seed=seed)
-        balance = fields["label"].numpy() if a["class_balanced"] else None
+        draw: dict[str, Array] = {"labels": fields["label"].numpy()} if a["class_balanced"] else {}
+        if self._is_reconciled(stage):
+            share = soft_targets(self.reconciled.posterior, balanced=a["class_balanced"])[1][chosen]
+            draw = {"share": share / share.sum()}
         return DataLoader(
             dataset,
             batch_size=min(a["batch_size"], len(chosen)),
-            sampler=EpochSampler(len(chosen), seed=seed, labels=balance),
+            sampler=EpochSampler(len(chosen), seed=seed, **draw),
             num_workers=0 if a["frozen_features"] else a["workers"],
             collate_fn=_as_it_is if a["frozen_features"] else None,
             drop_last=True,
@@ -546,20 +564,69 @@ class Job:
             }
             encoded = cached_array(self.cache, "text", key, lambda: encoder.encode(different))
             place = {t: i for i, t in enumerate(different)}
-            rows = np.asarray(encoded[[place[t] for t in texts]], dtype=np.float32)
-            rows[[not t.strip() for t in texts]] = 0.0
+            own = np.asarray(encoded[[place[t] for t in texts]], dtype=np.float32)
+            own[[not t.strip() for t in texts]] = 0.0
+            rows, class_rows = own, encoder.encode(classes)
             if a["enhance"]:
                 index, distance = self.neighbour_graph()
                 graph = adjacency(index, distance, edge=a["edge"])
                 form = {k: a[k] for k in ("edge", "self_weight", "normalisation", "degree")}
                 rows = smooth(rows, graph, **form)
             ranking = {"k1": a["k1"], "k2": a["k2"], "weight": a["rerank_weight"]}
-            self.matching = match_texts(rows, encoder.encode(classes), self.labels, method=a["match"], **ranking)
+            self.matching = match_texts(rows, class_rows, self.labels, method=a["match"], **ranking)
             self.anchors = select_anchors(
                 self.matching, self.labels, a["anchors"], generator=np.random.default_rng([a["seed"], 1])
             )
-            self._save_matching()
+        if a["reconcile"]:
+            self._reconcile(texts, own, class_rows)
+        self._save_matching()
         return self.matching
+
+    def _reconcile(self, texts: list[str], text_rows: Array, class_rows: Array) -> None:
+        """The posterior of all witnesses and, where it has something to say, anchors by it."""
+        with self._timed("reconciling", "web labels, texts and looks"):
+            encoder = self._vanilla_encoder()
+            features = self.features(encoder, self.train_rows, self._views(encoder)[0], 0, "eval view")
+            key = {
+                "features": encoder.fingerprint(), "data": self.manifest.fingerprint(), "classes": self.manifest.class_names,
+                "view": repr(self._views(encoder)[0]), "seed": self.arguments["seed"],
+                "texts": hashlib.sha256(text_rows.tobytes() + class_rows.tobytes()).hexdigest(),
+            }  # fmt: skip
+
+            def compute() -> Array:
+                names = self.manifest.class_names
+                found = reconcile(
+                    features, texts, text_rows, class_rows, names, self.labels, seed=self.arguments["seed"]
+                )
+                if found is None:
+                    return np.zeros((1, 1))  # an empty array cannot be mapped
+                told = np.full((len(texts), 2), [found.worth, found.trust])
+                return np.concatenate([found.posterior, found.off_topic[:, None], found.looks, told], 1)
+
+            stored = cached_array(self.cache, "reconciled", key, compute)
+            if stored.shape[1] == 1:
+                self.console.print(
+                    f"  the texts tell less than {MIN_WORTH:.0%} of the labels: nothing to reconcile them with; the rule "
+                    f"of the paper holds",
+                    soft_wrap=True,
+                )
+                return
+            c = self.num_classes
+            self.reconciled = Reconciled(
+                np.ascontiguousarray(stored[:, :c], np.float32),
+                np.ascontiguousarray(stored[:, c], np.float32),
+                np.ascontiguousarray(stored[:, c + 1 : 2 * c + 1], np.float32),
+                *map(float, stored[0, -2:]),
+            )
+            self.console.print(
+                f"  {self.reconciled.trust:.0%} of the texts are about their picture, by estimate; "
+                f"{self.reconciled.off_topic.mean():.0%} of the pictures are off-topic",
+                soft_wrap=True,
+            )
+            if self.arguments["anchors"] >= 0:
+                own = self.reconciled.posterior[np.arange(len(self.labels)), self.labels]
+                rank = within_class_rank(1 - own, self.labels)
+                self.anchors = (rank == 0) | ((rank < self.arguments["anchors"]) & (own >= 0.5))
 
     def _clean_texts(self) -> list[str]:
         a = self.arguments
@@ -618,7 +685,8 @@ class Job:
         for batch in self._eval_batches(encoder, np.arange(len(self.labels))):
             for key, value in module.score(batch["views"][0], batch.get("text_scores")).items():
                 parts.setdefault(key, []).append(value)
-        return {k: torch.cat(v).numpy() for k, v in parts.items()}
+        out = {k: torch.cat(v).numpy() for k, v in parts.items()}
+        return out | ({"fused": self.reconciled.posterior} if self._is_reconciled(stage) else {})
 
     def clean(self) -> pa.Table:
         """The cleaned list (CAPro 6.1): a verdict, a new label and all scores for every training picture."""
@@ -663,9 +731,16 @@ class Job:
                 "nearest_similarities": [
                     similarity[i, n].astype(float).round(4).tolist() for i, n in enumerate(nearest)
                 ],
-                "p_wrong": probability_wrong(s["fused"][rows, given]).astype(np.float32),
+                "p_wrong": self._p_wrong(s["fused"][rows, given]),
+                "p_off_topic": self.reconciled.off_topic
+                if hasattr(self, "reconciled")
+                else np.full(len(given), np.nan, np.float32),
             }
         )
+
+    def _p_wrong(self, given: Array) -> npt.NDArray[np.float32]:
+        """A posterior is a probability; a fused score has to be made one."""
+        return (1 - given if hasattr(self, "reconciled") else probability_wrong(given)).astype(np.float32)
 
     def draw_map(self) -> None:
         """Two-dimensional map of at most 3,000 pictures and the prototypes, by t-SNE."""

@@ -53,7 +53,7 @@ __all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target", "lr_factor", 
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
 
-EXTENSIONS = ("text_weight", "keep_threshold", "class_balanced")
+EXTENSIONS = ("text_weight", "keep_threshold", "class_balanced", "reconcile")
 """Arguments that go beyond the paper; off by default."""
 
 
@@ -202,6 +202,8 @@ class CAPro(LightningModule):
         ----------
         batch : dict
             `views` [weak, strong] (stage "plain": weak), `label`, `anchor`, `weight`, `text_scores` if `text_weight` > 0.
+            Extension: `posterior` (B, C), of `reconcile`, takes the place of the fused scores, from the first epoch on;
+            `target` (B, C), soft labels, takes the place of the corrected labels for both classifiers.
         epoch, batch_idx : int
             Numbers of the epoch and of the batch in it, from 0.
 
@@ -218,7 +220,8 @@ class CAPro(LightningModule):
             return {"loss": loss, "loss_cls": loss}
         label, weight = batch["label"], batch["weight"]
         prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch
-        cleaning = h.stage == "capro" and epoch > h.start_clean_epoch
+        posterior, soft = batch.get("posterior"), batch.get("target")
+        cleaning = h.stage == "capro" and (epoch > h.start_clean_epoch or posterior is not None)
 
         # 1. Features, embedding, reconstruction; in warm-up its gradient reaches projector and encoder.
         v = self.encoder(batch["views"][0])
@@ -239,10 +242,12 @@ class CAPro(LightningModule):
         # 6. Prototypes as they are before their update.
         prototypes = self.prototypes.clone()
         # 7. Noise removal and label correction.
-        fused = self._fused_scores(logits, z, prototypes, batch.get("text_scores"))
+        fused = posterior
+        if fused is None:
+            fused = self._fused_scores(logits, z, prototypes, batch.get("text_scores"))
         correction = None
         if cleaning:
-            if h.text_weight > 0 and "text_scores" not in batch:
+            if h.text_weight > 0 and posterior is None and "text_scores" not in batch:
                 raise UsageError("text_weight > 0 needs text_scores in the batch")
             correction = self._correct(fused, batch)
             label, kept = correction.labels, correction.kept
@@ -266,11 +271,14 @@ class CAPro(LightningModule):
                 coupled=True,
                 normalize=False,
             )
-        if bool(kept.any()):
-            target = None if bootstrap is None else bootstrap[kept]
+        learns = kept if soft is None else torch.ones_like(kept)  # a soft label says by itself how sure it is
+        if bool(learns.any()):
+            target, soft_label = (None if x is None else x[learns] for x in (bootstrap, soft))
             out |= self._classification(
-                logits[kept], aux[kept], v[kept], z[kept], label[kept], weight[kept], fused[kept], prototypes, target
-            )
+                logits[learns], aux[learns], v[learns], z[learns], label[learns], weight[learns], fused[learns], prototypes,
+                target, soft_label,
+            )  # fmt: skip
+        if bool(kept.any()):
             if h.stage != "finetune":
                 out["loss_recn"] = h.lambda_recn * F.mse_loss(reconstruction[kept], v[kept].detach())
             if prototypes_on:
@@ -278,13 +286,15 @@ class CAPro(LightningModule):
                     z[kept], prototypes, positives=label[kept], temperature=h.temperature, normalize=False
                 )
         elif world_size() > 1:  # every rank must reach all parameters
-            out["loss_cls"] = 0.0 * (logits.sum() + aux.sum() + reconstruction.sum())
+            nothing = 0.0 * (logits.sum() + aux.sum() + reconstruction.sum())
+            out["loss_cls"] = out.get("loss_cls", nothing) + nothing
         rows = mean_weight(label.new_tensor(len(label)))
         if world_size() > 1:
             share = mean_weight(kept.sum())
-            out = {k: (rows if k == "loss_ins" else share) * v for k, v in out.items()}
+            on_all = {"loss_ins"} if soft is None else {"loss_ins", "loss_cls", "loss_aux"}
+            out = {k: (rows if k in on_all else share) * v for k, v in out.items()}
         if h.stage == "finetune" and h.mixup > 0:
-            out["loss_mixup"] = rows * self._mixup(batch["views"][0], label, epoch, batch_idx)
+            out["loss_mixup"] = rows * self._mixup(batch["views"][0], label, soft, epoch, batch_idx)
         out["loss"] = torch.stack(list(out.values())).sum()
         if correction is not None:
             out["kept"] = kept.float().mean()
@@ -330,11 +340,11 @@ class CAPro(LightningModule):
         fused: Tensor,
         prototypes: Tensor,
         bootstrap: Tensor | None,
+        soft: Tensor | None,
     ) -> dict[str, Tensor]:
         """Both heads: hard label on one, (1 - beta) hard + beta soft on the other, by `label_reference`."""
         mode, beta = self.arguments.label_reference, self.arguments.beta
-        hard = F.cross_entropy(logits, label, reduction="none")
-        hard_aux = F.cross_entropy(aux, label, reduction="none")
+        hard, hard_aux = _label_loss(logits, label, soft), _label_loss(aux, label, soft)
         if mode in (7, 10):
             target = aux.softmax(1) if bootstrap is None else bootstrap
             hard_aux = (1 - beta) * hard_aux + beta * soft_cross_entropy(aux, target)
@@ -359,13 +369,14 @@ class CAPro(LightningModule):
             hard = (1 - beta) * hard + beta * soft_cross_entropy(logits, target)
         return {"loss_cls": (weight * hard).mean(), "loss_aux": (weight * hard_aux).mean()}
 
-    def _mixup(self, x: Tensor, label: Tensor, epoch: int, batch_idx: int) -> Tensor:
+    def _mixup(self, x: Tensor, label: Tensor, soft: Tensor | None, epoch: int, batch_idx: int) -> Tensor:
         """CAPro 6.2: one Beta draw per batch, inputs and losses mixed; the draw is a function of (seed, epoch, batch)."""
         rng = np.random.default_rng([self.arguments.seed, epoch, batch_idx])
         share = float(rng.beta(self.arguments.mixup, self.arguments.mixup))
         order = torch.from_numpy(rng.permutation(len(x))).to(x.device)
         logits = self.classifier(self.encoder(share * x + (1 - share) * x[order]))
-        return share * F.cross_entropy(logits, label) + (1 - share) * F.cross_entropy(logits, label[order])
+        other = _label_loss(logits, label[order], None if soft is None else soft[order])
+        return (share * _label_loss(logits, label, soft) + (1 - share) * other).mean()
 
     # What the trainer calls.
 
@@ -547,6 +558,13 @@ def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
     share = (z.detach() @ keys.T).clamp(0, 1) + 1e-7
     target = ((share / share.sum(1, keepdim=True)) @ votes).clamp(0, 1)
     return target / target.sum(1, keepdim=True)
+
+
+def _label_loss(logits: Tensor, label: Tensor, soft: Tensor | None) -> Tensor:
+    """Cross-entropy (N,) against the labels, or against soft ones where there are some."""
+    if soft is None:
+        return F.cross_entropy(logits, label, reduction="none")
+    return soft_cross_entropy(logits, soft)
 
 
 def _neighbour_target(v: Tensor, logits: Tensor, k: int = 10) -> Tensor:

@@ -255,7 +255,7 @@ def _log_prior(p: Array) -> Array:
     """All classes alike; off-topic by a share that half the data and half a prior decide."""
     classes = p.shape[1] - 1
     share = (p[:, classes].mean() + _OFF_TOPIC) / 2
-    return np.log(np.array([(1 - share) / classes] * classes + [share]))
+    return np.asarray(np.log(np.array([(1 - share) / classes] * classes + [share])))
 
 
 def _log_names(p: Array, names: Array) -> Array:
@@ -319,10 +319,10 @@ def _logistic(x: Array, target: Array, weight: Array, l2: float, start: Array | 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = -(share * (soft * F.log_softmax(inputs @ w, 1)).sum(1)).sum() + l2 / 2 * (w[:-1] ** 2).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return np.asarray(w.detach().numpy())
 
 
