@@ -40,7 +40,8 @@ def main(out: Path, work: Path) -> None:
         )
         job.ingest()
         graph = adjacency(*job.neighbour_graph())
-        raw = [manifest.texts[i] for i in train]
+        every = manifest.texts
+        raw = [every[i] for i in train]
 
         def precision(chosen, labels=labels, clean=clean, hard=hard):
             by_class = [(labels == clean)[chosen & (labels == c)].mean() for c in range(len(hard))]

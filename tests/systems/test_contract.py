@@ -20,9 +20,13 @@ def build(name, **arguments):
     return system.train()
 
 
-def batch(seed=0, n=8):
+def batch(seed=0, n=8, soft=False):
     g = torch.Generator().manual_seed(seed)
-    return {
+    extra = {}
+    if soft:
+        posterior = torch.rand(n, CLASSES, generator=g).softmax(1)
+        extra = {"posterior": 0.9 * posterior, "target": posterior}
+    return extra | {
         "views": [torch.randn(n, 8, generator=g) for _ in range(2)],
         "label": torch.randint(CLASSES, (n,), generator=g),
         "anchor": torch.rand(n, generator=g) < 0.2,
@@ -46,10 +50,11 @@ def steps(system, optimizer, first, count):
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("stage", ["plain", "vanilla", "capro", "finetune"])
 class TestContract:
-    def test_one_step_has_finite_gradients_where_they_belong_and_none_elsewhere(self, name, stage):
+    @pytest.mark.parametrize("soft", [False, True])
+    def test_one_step_has_finite_gradients_where_they_belong_and_none_elsewhere(self, name, stage, soft):
         system = build(name, stage=stage)
         system.prototypes.copy_(nn.functional.normalize(torch.randn(CLASSES, 5), dim=1))
-        system.step(batch(), epoch=20)["loss"].backward()
+        system.step(batch(soft=soft), epoch=20)["loss"].backward()
         trained = {"encoder", "classifier"} | ({"projector", "auxiliary"} if stage != "plain" else set())
         for part, module in system.named_children():
             grads = [p.grad for p in module.parameters()]

@@ -30,6 +30,7 @@ column                  type       meaning
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,10 @@ class Manifest:
 
         The clean labels are not part of it: they serve evaluation only and change nothing that is learnt.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([[c.name, c.queries, c.definition] for c in self.classes]).encode())
         for name in ("id", "sha256", "label", "text", "split"):
             digest.update(json.dumps(self.table.column(name).to_pylist()).encode())

@@ -533,13 +533,12 @@ class Job:
 
     def _eval_batches(self, encoder: ImageEncoder, rows: Array) -> Iterator[Batch]:
         """Evaluation view (or its features) and given labels of some training rows."""
-        view = self._views(encoder)[0]
+        view, frozen = self._views(encoder)[0], self.arguments["frozen_features"]
+        features = self.features(encoder, self.train_rows, view, 0, "eval view") if frozen else None
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
-            if self.arguments["frozen_features"]:
-                x = torch.from_numpy(
-                    self.features(encoder, self.train_rows, view, 0, "eval view")[part].astype(np.float32)
-                )
+            if features is not None:
+                x = torch.from_numpy(features[part].astype(np.float32))
             else:
                 x = torch.stack([_Pictures(self.read_bytes, self.train_rows, view, 0, 0)[int(i)] for i in part])
             batch = {"views": [x], "label": torch.from_numpy(self.labels[part]), "index": torch.from_numpy(part)}
@@ -630,7 +629,8 @@ class Job:
 
     def _clean_texts(self) -> list[str]:
         a = self.arguments
-        texts = [self.manifest.texts[i] for i in self.train_rows]
+        every = self.manifest.texts
+        texts = [every[i] for i in self.train_rows]
         keep = {w for c in self.manifest.classes for s in (c.name, c.definition, *c.queries) for w in words_of(s)}
         if a["text_words"] != "raw":
             texts = clean_texts(texts, keep=keep, words=a["text_words"])
@@ -732,15 +732,19 @@ class Job:
                     similarity[i, n].astype(float).round(4).tolist() for i, n in enumerate(nearest)
                 ],
                 "p_wrong": self._p_wrong(s["fused"][rows, given]),
-                "p_off_topic": self.reconciled.off_topic
-                if hasattr(self, "reconciled")
-                else np.full(len(given), np.nan, np.float32),
+                "p_off_topic": self._p_off_topic(),
             }
         )
 
     def _p_wrong(self, given: Array) -> npt.NDArray[np.float32]:
         """A posterior is a probability; a fused score has to be made one."""
         return (1 - given if hasattr(self, "reconciled") else probability_wrong(given)).astype(np.float32)
+
+    def _p_off_topic(self) -> pa.Array:
+        """Null where nothing was reconciled."""
+        if not hasattr(self, "reconciled"):
+            return pa.nulls(len(self.labels), pa.float32())
+        return pa.array(self.reconciled.off_topic)
 
     def draw_map(self) -> None:
         """Two-dimensional map of at most 3,000 pictures and the prototypes, by t-SNE."""

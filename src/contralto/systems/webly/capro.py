@@ -216,7 +216,7 @@ class CAPro(LightningModule):
         if h.stage == "plain":
             logits = self.classifier(self.encoder(batch["views"][0]))
             rows = mean_weight(batch["label"].new_tensor(len(logits)))  # the last batch of an epoch may be uneven
-            loss = rows * (batch["weight"] * F.cross_entropy(logits, batch["label"], reduction="none")).mean()
+            loss = rows * (batch["weight"] * _label_loss(logits, batch["label"], batch.get("target"))).mean()
             return {"loss": loss, "loss_cls": loss}
         label, weight = batch["label"], batch["weight"]
         prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch

@@ -1,0 +1,428 @@
+"""The main job beside what else one would do with noisy web labels: equal budgets, five seeds, intervals.
+
+    CONTRALTO_DATA=... python benchmarks/webly.py                # about an hour on two cores; goes on where it stopped
+    python benchmarks/webly.py --full --device gpu               # fine-tunes the pretrained encoder too: for a GPU
+
+Sets: `web_icons` (ships; 52 % of the labels wrong, most of those off-topic), `fashion_web` (shop titles; 26 % wrong) and
+`cifar10n` (human label noise, 40 % wrong, no texts; 5,000 training and 2,000 test pictures). Every arm sees the same pictures,
+views, class-balanced draws and number of steps; over features of the frozen, pretrained EfficientNet-Lite0 all arms train the
+same linear classifier. `small network` rows train a ResNet-8 from scratch, end to end.
+
+Learning rates: every arm has the best of the same grid by the accuracy on the *web labels* of a held-out seventh of the
+training pictures (by group), each weighted by how well its text fits that label, with seed 100. No clean label is used in
+training or choosing, but by the ceiling; the test part is looked at once, at the end.
+
+Share of the gap = (arm - plain) / (ceiling - plain), mean over classes. Intervals: bootstrap over seeds and groups of test
+pictures. Hard classes: at most three quarters (`web_icons`: under half) of the pictures are right. Needs `contralto[bench]`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from contralto.claims.capro import DEVELOPMENT_SEED, shared_manifest
+from contralto.data.ingest import ingest
+from contralto.data.manifest import Manifest
+from contralto.evaluation.classification import accuracy_interval, calibration_error, per_class_accuracy
+from contralto.evaluation.noise import noise_metrics
+from contralto.files import write_atomically
+from contralto.pipelines.outputs import environment
+from contralto.pipelines.webly import Job, load_preset
+from contralto.systems.webly.capro import scale_rule
+from contralto.systems.webly.reconcile import names_in_texts
+
+PAPER = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
+RULE = {"reconcile": False}
+# Arms that train the classifier alone, and what they learn from.
+SIMPLE = (
+    "plain",
+    "clean labels (ceiling)",
+    "cleanlab",
+    "label smoothing",
+    "name in text",
+    "vanilla",
+    "plain on reconciled",
+)
+# Arms that run the job: changes to the `small` preset, and the stage that is tested.
+JOBS = {
+    "random anchors": PAPER | {"anchors": -1},
+    "capro, no enhancement": PAPER | {"enhance": False},
+    "capro, match rerank": PAPER | {"match": "rerank"},
+    "capro, match cosine": PAPER | {"match": "cosine"},
+    "capro": PAPER,
+    "capro, not fine-tuned": PAPER,
+    "capro+text": RULE,
+    "capro+reconcile": {},
+}
+GRID = (0.001, 0.003)
+RATES = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
+SMALL_NETWORK = {
+    "image_encoder": "resnet8", "pretrained": False, "image_size": 32, "frozen_features": False, "frozen_encoder_epoch": 1,
+    "vanilla_epochs": 4, "epochs": 10, "finetune_epochs": 2, "workers": 0,
+}  # fmt: skip
+FULL_NETWORK = {"frozen_features": False, "frozen_encoder_epoch": 1, "workers": 4, "feature_views": 1}
+NETWORK_ARMS = ("plain", "clean labels (ceiling)", "capro", "capro+reconcile")
+NETWORK_RATE = {"small network": 0.03, "fine-tuned": 0.003}
+NEEDS_TEXT = (
+    "name in text",
+    "plain on reconciled",
+    "capro+text",
+    "capro+reconcile",
+    "capro, match rerank",
+    "capro, match cosine",
+)
+NEEDS_TEXT += ("capro, no enhancement",)
+
+
+class Arm(Job):
+    """The job with other rows, labels or soft labels for its classifier."""
+
+    rows = relabelled = soft = None
+
+    def _loader(self, encoder, stage, rows, labels):
+        return super()._loader(
+            encoder, stage, self.rows if rows is None else rows, self.relabelled if labels is None else labels
+        )
+
+    def _fields(self, stage, rows=None, labels=None):
+        import torch
+
+        fields = super()._fields(stage, rows, labels)
+        if self.soft is not None and stage == "plain":
+            fields["target"] = torch.from_numpy(self.soft[rows])
+        return fields
+
+
+def manifest_of(name: str, work: Path, *, development: bool) -> Path:
+    """The manifest of a set, made once."""
+    if name != "cifar10n":
+        return shared_manifest(name, work, development=development)
+    folder = work / name / ("manifest-development" if development else "manifest")
+    if (folder / "manifest.parquet").exists():
+        return folder
+    import pyarrow as pa
+
+    source = Path(os.environ["CONTRALTO_DATA"]) / "cifar10n"
+    train, test = pq.read_table(source / "train.parquet"), pq.read_table(source / "test.parquet")
+    rng = np.random.default_rng(0)
+    train, test = (
+        train.take(np.sort(rng.permutation(len(train))[:5000])),
+        test.take(np.sort(rng.permutation(len(test))[:2000])),
+    )
+    names = dict(zip(train["label"].to_pylist(), train["class_name"].to_pylist(), strict=True))
+    held = rng.random(len(train)) < 1 / 7
+    rows = [
+        {"image": r["image"], "query": names[r["noisy_worst"]], "label": r["class_name"],
+         "split": "test" if development and h else "train"} for r, h in zip(train.to_pylist(), held, strict=True)
+    ]  # fmt: skip
+    if not development:
+        rows += [
+            {"image": r["image"], "query": None, "label": r["class_name"], "split": "test"} for r in test.to_pylist()
+        ]
+    path = work / name / f"{folder.name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    ingest(str(path), blank_share=None).save(folder)
+    return folder
+
+
+def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Path, device: str) -> dict:
+    """Train one arm with one seed and say what it predicts; done before = read."""
+    development = seed == DEVELOPMENT_SEED
+    done = work / name / "found" / network / f"{arm}-{rate}-{seed}.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    shared = manifest_of(name, work, development=development)
+    folder = work / name / "runs" / f"{network}-{arm}-{rate}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(shared, folder / "manifest")
+    settings = {"small network": SMALL_NETWORK, "fine-tuned": FULL_NETWORK}.get(network, {})
+    arguments = (
+        load_preset("small") | settings | JOBS.get(arm, {}) | {"seed": seed, "cache": str(shared.parent / "features")}
+    )
+    arguments |= dict.fromkeys(RATES, rate) | {"accelerator": device}
+    if arm == "label smoothing":
+        arguments["reconcile"] = False
+    job = Arm(str(shared), folder, arguments, progress=False)
+    job.ingest()
+    anchors = scale_rule(len(job.labels), job.num_classes)["anchors"]
+    job.arguments["anchors"] = -anchors if arguments["anchors"] == -1 else anchors
+    clean = job.manifest.column("clean_label")[job.train_rows].astype(np.int64)
+    found = {"list": None}
+    if arm in SIMPLE and arm != "vanilla":
+        prepare(job, arm, clean)
+        job.train("plain")
+        stage = "plain"
+        own = job.predict_rows("plain", job.encoder(), job.train_rows)[np.arange(len(job.labels)), job.labels]
+        p_wrong, new, flagged = 1 - own, job.labels, own < 0
+        if arm == "cleanlab":
+            p_wrong, flagged = job.doubt, job.flagged
+            new = np.where(flagged, -1, job.labels)
+        if arm == "plain on reconciled":
+            p_wrong = 1 - job.reconciled.posterior[np.arange(len(job.labels)), job.labels]
+            flagged, new = p_wrong > 0.5, np.where(p_wrong > 0.5, job.reconciled.posterior.argmax(1), job.labels)
+    elif arm == "vanilla":
+        job.arguments["vanilla_epochs"] = sum(arguments[k] for k in ("vanilla_epochs", "epochs", "finetune_epochs"))
+        job.train("vanilla")
+        stage, p_wrong = "vanilla", None
+    else:
+        job.train("vanilla")
+        job.match()
+        job.train("capro")
+        table = job.clean()
+        stage = "capro"
+        if arm != "capro, not fine-tuned":
+            job.train("finetune")
+            stage = "finetune"
+        p_wrong, new = table.column("p_wrong").to_numpy(), job.new_labels
+        flagged = np.isin(table.column("verdict").to_pylist(), ["corrected", "off-topic"])
+        found["anchors"] = float((job.labels == clean)[job.anchors].mean())
+    if p_wrong is not None:
+        found["list"] = noise_metrics(job.labels, clean, new, flagged, p_wrong)
+    probability = job.predict_rows(stage, job.encoder(), job.test_rows)
+    found["predicted"] = probability.argmax(1).tolist()
+    found["confidence"] = probability.max(1).round(4).tolist()
+    if development:
+        found["choice"] = choose_score(job, probability)
+    shutil.rmtree(folder)
+    found["seconds"] = round(time.perf_counter() - started, 1)
+    found["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
+    print(f"{name}, {network}: {arm}, rate {rate}, seed {seed}: {found['seconds']:.0f} s", flush=True)
+    return found
+
+
+def prepare(job: Arm, arm: str, clean: np.ndarray) -> None:
+    """What an arm of plain training learns from."""
+    every = np.arange(len(job.labels))
+    if arm == "clean labels (ceiling)":
+        job.rows = np.flatnonzero(clean >= 0)
+        job.relabelled = np.maximum(clean, 0)
+    elif arm == "cleanlab":
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_self_confidence_for_each_label
+        from sklearn.decomposition import PCA
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import cross_val_predict
+
+        view = job._views(job.encoder())[0]
+        x = PCA(256, random_state=0).fit_transform(
+            job.features(job.encoder(), job.train_rows, view, 0, "").astype(np.float32)
+        )
+        classifier = LogisticRegression(C=0.01, max_iter=200, class_weight="balanced")
+        unseen = cross_val_predict(classifier, x / x.std(), job.labels, cv=5, method="predict_proba")
+        job.flagged = find_label_issues(job.labels, unseen, n_jobs=1)
+        job.doubt = 1 - get_self_confidence_for_each_label(job.labels, unseen)
+        job.rows = np.flatnonzero(~job.flagged)
+    elif arm == "label smoothing":
+        job.soft = np.full((len(every), job.num_classes), 0.1 / job.num_classes, np.float32)
+        job.soft[every, job.labels] += 0.9
+    elif arm == "name in text":
+        texts = job.manifest.texts
+        names = names_in_texts([texts[i] for i in job.train_rows], job.manifest.class_names)
+        keep = names[every, job.labels]
+        none_left = np.bincount(job.labels[keep], minlength=job.num_classes) == 0
+        job.rows = np.flatnonzero(keep | none_left[job.labels])
+    elif arm == "plain on reconciled":
+        job.modules["vanilla"] = None
+        job.match()
+        job._is_reconciled = lambda stage: stage == "plain"  # its draws too
+
+
+def choose_score(job: Arm, probability: np.ndarray) -> float:
+    """Accuracy on the web labels of held-out pictures, weighted by how well each text fits its label; mean over classes."""
+    from contralto.data.definitions import class_text
+    from contralto.encoders.text import text_encoder
+    from contralto.neighbors.matching import match_texts
+
+    labels = job.manifest.labels[job.test_rows]
+    encoder = text_encoder("minilm")
+    every = job.manifest.texts
+    texts = [every[i] for i in job.test_rows]
+    if any(t.strip() for t in texts):
+        classes = encoder.encode([class_text(c, "name+definition") for c in job.manifest.classes])
+        match = match_texts(encoder.encode(texts), classes, labels, method="discriminative")
+        weight = match.probability[np.arange(len(labels)), labels]
+    else:
+        weight = np.ones(len(labels))
+    right = (probability.argmax(1) == labels) * weight
+    classes = [right[labels == c].sum() / weight[labels == c].sum() for c in np.unique(labels)]
+    return float(np.mean(classes))
+
+
+def hard_classes(name: str, manifest: Manifest) -> np.ndarray:
+    labels, clean = manifest.labels, manifest.column("clean_label").astype(np.int64)
+    train = (manifest.column("split") == "train") & (labels >= 0)
+    count = np.bincount(labels[train], minlength=len(manifest.classes))
+    share = np.bincount(labels[train & (labels == clean)], minlength=len(manifest.classes)) / count
+    return share < 0.5 if name == "web_icons" else np.round(100 * share) <= 75
+
+
+def summarise(name: str, network: str, arms: dict, rates: dict, work: Path) -> dict:
+    """Means, intervals and shares of the gap of all arms of one set."""
+    manifest = Manifest.load(manifest_of(name, work, development=False))
+    rows = np.flatnonzero((manifest.column("split") == "test") & (manifest.column("clean_label") >= 0))
+    labels, groups = manifest.column("clean_label")[rows].astype(int), manifest.column("group")[rows]
+    hard = hard_classes(name, manifest)
+    right = {arm: np.array([np.array(f["predicted"]) == labels for f in found], float) for arm, found in arms.items()}
+
+    def macro(x):
+        return accuracy_interval(x, labels, groups=groups, macro=True)
+
+    gap = macro(right["clean labels (ceiling)"]).value - macro(right["plain"]).value
+    out = {}
+    for arm, found in arms.items():
+        on_hard = hard[labels]
+        against = macro(right[arm] - right["plain"])
+        row = {
+            "rate": rates[arm],
+            "accuracy": right[arm].mean(),
+            "macro": macro(right[arm]).value,
+            "macro_by_seed": [
+                float(np.nanmean(per_class_accuracy(labels, np.array(f["predicted"]), len(hard)))) for f in found
+            ],
+            "against_plain": against._asdict(),
+            "share_of_gap": {k: v / gap for k, v in against._asdict().items()},
+            "calibration_error": float(
+                np.mean(
+                    [calibration_error(r, np.array(f["confidence"])) for r, f in zip(right[arm], found, strict=True)]
+                )
+            ),
+            "seconds": float(np.median([f["seconds"] for f in found])),
+            "peak_gib": max(f["peak_gib"] for f in found),
+        }
+        if hard.any():
+            h = right[arm][:, on_hard], labels[on_hard], groups[on_hard]
+            d = (right[arm] - right["plain"])[:, on_hard]
+            row["macro_hard"] = accuracy_interval(h[0], h[1], groups=h[2], macro=True).value
+            row["hard_against_plain"] = accuracy_interval(d, h[1], groups=h[2], macro=True)._asdict()
+        for key in ("average_precision", "precision", "recall", "corrected_accuracy", "calibration_error"):
+            values = [f["list"][key] for f in found if f.get("list")]
+            row[f"list_{key}"] = float(np.mean(values)) if values and np.isfinite(values).all() else None
+        if "anchors" in found[0]:
+            row["anchor_precision"] = float(np.mean([f["anchors"] for f in found]))
+        out[arm] = row
+    named = [n for n, h in zip(manifest.class_names, hard, strict=True) if h]
+    return {"network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out}
+
+
+def arms_of(name: str, network: str) -> list[str]:
+    arms = [*SIMPLE, *JOBS] if network == "frozen features" else list(NETWORK_ARMS)
+    return [a for a in arms if name != "cifar10n" or a not in NEEDS_TEXT]
+
+
+def one(task: tuple) -> dict:
+    import torch
+
+    torch.set_num_threads(1)
+    return run_arm(*task)
+
+
+def markdown(results: dict) -> str:
+    """The table of the docs."""
+    lines = []
+    for key, result in results.items():
+        lines += [
+            f"**{key}**",
+            "",
+            "| training | mean over classes, % | share of the gap, % | hard classes, % | list: average precision | "
+            "corrections right, % | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for arm, r in result["arms"].items():
+            g = r["share_of_gap"]
+            share = "" if arm == "plain" else f"{100 * g['value']:.0f} [{100 * g['low']:.0f}, {100 * g['high']:.0f}]"
+            told = [r.get("macro_hard"), r["list_average_precision"], r["list_corrected_accuracy"]]
+            hard, ap, right = ("" if x is None else x for x in told)
+            hard, right = (f"{100 * x:.1f}" if x != "" else "" for x in (hard, right))
+            ap = f"{ap:.2f}" if ap != "" else ""
+            lines.append(f"| {arm} | {100 * r['macro']:.1f} | {share} | {hard} | {ap} | {right} | {r['seconds']:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 5), squeeze=False)
+    for axis, (key, result) in zip(axes[0], results.items(), strict=True):
+        arms = [a for a in result["arms"] if a != "plain"][::-1]
+        for y, arm in enumerate(arms):
+            g = {k: 100 * v for k, v in result["arms"][arm]["share_of_gap"].items()}
+            colour = "#c0392b" if "reconcile" in arm else "#7f8c8d" if "ceiling" in arm else "#2c3e50"
+            axis.plot([g["low"], g["high"]], [y, y], color=colour, lw=2)
+            axis.plot(g["value"], y, "o", color=colour)
+        axis.axvline(0, color="0.6", lw=1)
+        axis.axvline(100, color="0.6", lw=1, ls=":")
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_title(key, fontsize=10)
+        axis.set_xlabel("share of the gap between plain and clean labels, %")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    write_atomically(path, lambda p: figure.savefig(p, dpi=110, format="png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--work", type=Path, default=Path("runs/webly"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data", nargs="+", default=["web_icons", "fashion_web", "cifar10n"])
+    parser.add_argument("--full", action="store_true", help="fine-tune the pretrained encoder as well")
+    parser.add_argument("--networks", nargs="+", default=["frozen features", "small network"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=2)
+    a = parser.parse_args()
+    networks = [*a.networks, *(["fine-tuned"] if a.full else [])]
+    started = time.perf_counter()
+    results = {}
+    with ProcessPoolExecutor(a.processes) as pool:
+        pairs = [(n, k) for k in networks for n in a.data if k != "small network" or n == "web_icons"]
+        for name, network in pairs:
+            for development in (True, False) if network == "frozen features" else (False,):
+                manifest_of(name, a.work, development=development)
+            arms, rates = arms_of(name, network), {}
+            if network == "frozen features":
+                first = "plain" if name == "cifar10n" else "capro+reconcile"
+                list(
+                    pool.map(one, [(name, network, first, GRID[0], s, a.work, a.device) for s in (DEVELOPMENT_SEED, 0)])
+                )
+                grid = [(arm, rate) for arm in arms for rate in GRID]
+                tasks = [(name, network, arm, rate, DEVELOPMENT_SEED, a.work, a.device) for arm, rate in grid]
+                score = {pair: f["choice"] for pair, f in zip(grid, pool.map(one, tasks), strict=True)}
+                rates = {arm: max(GRID, key=lambda r, arm=arm: score[arm, r]) for arm in arms}
+            else:
+                rates = dict.fromkeys(arms, NETWORK_RATE[network])
+            tasks = [
+                (name, network, arm, rates[arm], seed, a.work, a.device) for seed in range(a.seeds) for arm in arms
+            ]
+            found = list(pool.map(one, tasks))
+            by_arm = {arm: [f for f, t in zip(found, tasks, strict=True) if t[2] == arm] for arm in arms}
+            results[f"{name}, {network}"] = summarise(name, network, by_arm, rates, a.work)
+            told = {
+                "command": "python benchmarks/webly.py" + (" --full" if a.full else ""), "seeds": list(range(a.seeds)),
+                "grid": GRID, "choice": "web labels of held-out training pictures weighted by text, seed 100",
+                "minutes": round((time.perf_counter() - started) / 60, 1), "environment": environment(), "results": results,
+            }  # fmt: skip
+            text = json.dumps(told, indent=1, default=float) + "\n"
+            a.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(a.out / "webly.json", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            draw(results, a.out / "webly.png")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
