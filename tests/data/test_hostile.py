@@ -30,6 +30,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("hostile")  # measured once
 @pytest.mark.parametrize(
     ("case", "mib", "pictures", "told"),
     [

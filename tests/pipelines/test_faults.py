@@ -122,6 +122,7 @@ CAPro.training_step = lambda *words: time.sleep(0.05) or step(*words)
 """
 
 
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["plain", "capro"])
 def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_ends_the_same(tiny_parquet, tmp_path, undisturbed, stage):
@@ -157,6 +158,7 @@ for size in {sizes}:
 """
 
 
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.slow
 def test_files_that_may_not_grow_any_more_are_an_error_that_loses_nothing(tiny_parquet, tmp_path, undisturbed):
     """The kernel refuses to write beyond a size, as on a full disk, at another file each time."""
@@ -169,6 +171,7 @@ def test_files_that_may_not_grow_any_more_are_an_error_that_loses_nothing(tiny_p
     same_runs(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.parametrize("name", ["weights.safetensors", "cleaned.parquet"])
 def test_a_full_disk_is_an_error_that_loses_nothing(tiny_parquet, tmp_path, capsys, monkeypatch, undisturbed, name):
     run, replace = tmp_path / "run", Path.replace
