@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export CONTRALTO_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test format lock clean
+.PHONY: demo test test-lowest audit format lock clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/demo.stamp
@@ -15,6 +15,15 @@ test: .venv/test.stamp
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadgroup
 
+# The lowest versions that pyproject.toml allows: unit tests, in an environment of their own.
+test-lowest: .venv-lowest/test.stamp
+	.venv-lowest/bin/pytest -n 2 --dist loadgroup -m "not slow and not browser"
+
+# Known holes in the locked versions; needs the network.
+audit: .venv/test.stamp
+	$(BIN)/uv tool run pip-audit --require-hashes --disable-pip -r requirements/demo.txt
+	$(BIN)/uv tool run pip-audit --require-hashes --disable-pip -r requirements/test.txt
+
 format: .venv/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -25,6 +34,8 @@ lock: .venv/test.stamp
 		--no-header --upgrade -q -o requirements/demo.txt
 	$(BIN)/uv pip compile pyproject.toml --extra test --universal --generate-hashes --python-version 3.11 \
 		--no-header --upgrade -q -c requirements/demo.txt -o requirements/test.txt
+	$(BIN)/uv pip compile pyproject.toml --extra test --resolution lowest-direct --generate-hashes \
+		--python-version 3.11 --no-header --upgrade -q -o requirements/lowest.txt
 
 .venv/python.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -42,5 +53,11 @@ lock: .venv/test.stamp
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@ .venv/demo.stamp
 
+.venv-lowest/test.stamp: requirements/lowest.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements/lowest.txt
+	.venv-lowest/bin/pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-lowest dist build

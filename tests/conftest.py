@@ -3,7 +3,9 @@
 import io
 import os
 import shutil
+import socket
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,6 +14,27 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # of the processes that tests start, too
+
+
+def refuse_network(event, words):
+    """No test may reach beyond this machine; Unix sockets and loopback are how processes here talk."""
+    if event == "socket.connect" and isinstance(words[1], tuple):
+        host = str(words[1][0])
+        if host not in ("localhost", "::1", "0.0.0.0") and not host.startswith("127."):
+            raise AssertionError(f"a test wants to connect to {words[1]}")
+    if event == "socket.getaddrinfo" and str(words[0]) not in (
+        "localhost",
+        "127.0.0.1",
+        "::1",
+        "None",
+        "",
+        socket.gethostname(),
+    ):
+        raise AssertionError(f"a test asks for the address of {words[0]!r}")
+
+
+sys.addaudithook(refuse_network)
 torch.set_num_threads(1)  # two test processes share two cores
 
 COLOURS = {"red": (200, 30, 40), "green": (30, 180, 60), "blue": (40, 60, 210)}

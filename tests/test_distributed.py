@@ -23,6 +23,9 @@ CASES = {  # stage, rows of the global batch, which rows are kept: all that scor
 }
 
 
+pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
+
+
 def build(stage, kept):
     torch.manual_seed(0)
     system = CAPro(

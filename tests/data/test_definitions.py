@@ -22,6 +22,8 @@ def test_a_file_survives_a_round_trip_and_json_is_read_too(tmp_path):
         ("3", "expected a mapping"),
         ("{}", "names no class"),
         ("- {definition: x}", "entry 0 must have a name"),
+        ("no: {definition: A refusal.}", "quote them"),
+        ("a: {query: {b: c}}", "the query of 'a' must be text"),
         ("- {name: a}\n- {name: a}", "the class 'a' stands twice"),
         ("a: {definition: [1]}", "the definition of 'a' must be text"),
         ("a: !!python/object/apply:os.system ['true']", "is not valid .yaml"),

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from contralto.errors import ContraltoError
 from contralto.pipelines.webly import Job, fit_capro
 
 from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
+from tests.data.test_sources import add
 from tests.killing import whole
 from tests.tiny import FROZEN, TINY
 
@@ -120,6 +122,7 @@ CAPro.training_step = lambda *words: time.sleep(0.05) or step(*words)
 """
 
 
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["plain", "capro"])
 def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_ends_the_same(tiny_parquet, tmp_path, undisturbed, stage):
@@ -155,6 +158,7 @@ for size in {sizes}:
 """
 
 
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.slow
 def test_files_that_may_not_grow_any_more_are_an_error_that_loses_nothing(tiny_parquet, tmp_path, undisturbed):
     """The kernel refuses to write beyond a size, as on a full disk, at another file each time."""
@@ -167,6 +171,7 @@ def test_files_that_may_not_grow_any_more_are_an_error_that_loses_nothing(tiny_p
     same_runs(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.xdist_group("undisturbed")
 @pytest.mark.parametrize("name", ["weights.safetensors", "cleaned.parquet"])
 def test_a_full_disk_is_an_error_that_loses_nothing(tiny_parquet, tmp_path, capsys, monkeypatch, undisturbed, name):
     run, replace = tmp_path / "run", Path.replace
@@ -202,7 +207,23 @@ def test_pictures_that_vanish_while_a_job_runs_are_named_without_a_traceback(tmp
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_path):
+def as_parquet(rows, folder):
+    pq.write_table(pa.Table.from_pylist(rows), folder / "crawl.parquet")
+    return folder / "crawl.parquet"
+
+
+def as_tar(rows, folder):
+    with tarfile.open(folder / "crawl.tar", "w") as archive:
+        for i, row in enumerate(rows):
+            parts = {"jpg": row["image"] or b"", "cls": row["query"].encode(),
+                     "txt": (row["text"] or "").encode(), "json": json.dumps({"id": row["id"]}).encode()}  # fmt: skip
+            for suffix, data in parts.items():
+                add(archive, f"{i:05d}.{suffix}", data)
+    return folder / "crawl.tar"
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_tar])
+def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_path, write):
     good = tiny_rows(per_class=20, test_per_class=0)
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     exif = noisy.getexif()
@@ -226,14 +247,15 @@ def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_
     rows[7]["id"] = rows[8]["id"]  # twice the same id
     rows.append({"id": "alone", "image": picture(COLOURS["blue"], 9), "text": "a lonely class", "query": "lonely"})
     np.random.default_rng(0).shuffle(rows)
-    path = tmp_path / "crawl.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    path = write(rows, tmp_path)
     (tmp_path / "c.yaml").write_text("red: {}\ngreen: {}\nblue: {}\nlonely: {}\nnever found: {}\n")
     run = fit_capro(str(path), tmp_path / "run", definitions=tmp_path / "c.yaml", **(FROZEN | {"epochs": 2}))
     manifest = Manifest.load(run / "manifest")
     planted = {i for i, r in enumerate(rows) if r["id"] in bad}
     assert {r["row"] for r in manifest.skipped.to_pylist()} == planted
-    assert all(r["reason"] for r in manifest.skipped.to_pylist())
+    assert all(r["reason"] and r["source"] == path.name for r in manifest.skipped.to_pylist())
+    listed = {rows[r["row"]]["id"]: r["reason"] for r in manifest.skipped.to_pylist()}
+    assert (listed["bomb"], listed["html"], listed["dot"]) == ("too many pixels", "not an image", "too small")
     assert len(manifest) == len(rows) - len(planted)
     assert len(set(manifest.column("id"))) == len(manifest)
     assert pq.read_table(run / "cleaned.parquet").num_rows == len(manifest)

@@ -92,10 +92,15 @@ def load_definitions(path: str | Path) -> tuple[ClassInfo, ...]:
 
 
 def _entry(entry: Any, number: int, path: Path) -> ClassInfo:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), (str, int)):
-        raise DataError(f"entry {number} must have a name, got {str(entry)[:80]!r}", file=str(path))
-    queries = entry.get("query", entry.get("queries", ()))
-    queries = (queries,) if isinstance(queries, str) else tuple(map(str, queries or ()))
+    if not isinstance(entry, dict) or type(entry.get("name")) not in (str, int):
+        hint = " (YAML reads yes, no, on and off as something else: quote them)" if isinstance(entry, dict) else ""
+        raise DataError(f"entry {number} must have a name, got {str(entry)[:80]!r}{hint}", file=str(path))
+    queries = entry.get("query", entry.get("queries")) or ()
+    if isinstance(queries, (str, int)):
+        queries = (queries,)
+    if not isinstance(queries, (list, tuple)) or any(isinstance(q, (list, dict, bool)) for q in queries):
+        raise DataError(f"the query of {entry['name']!r} must be text or a list of texts", file=str(path))
+    queries = tuple(map(str, queries))
     definition = entry.get("definition") or ""
     if not isinstance(definition, str):
         raise DataError(f"the definition of {entry['name']!r} must be text", file=str(path))

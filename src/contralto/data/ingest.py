@@ -147,7 +147,8 @@ def ingest(
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     columns: Counter[str] = Counter()
-    records = read_records(str(address), image_column=image_column, allow_outside=allow_outside)
+    found = read_records(str(address), image_column=image_column, allow_outside=allow_outside)
+    records = (_with_bounded_texts(record, 4 * max_text) for record in found)
     for seen, (record, result) in enumerate(_map_ordered(examine, records, workers)):
         if progress is not None:
             progress(seen + 1)
@@ -166,7 +167,6 @@ def ingest(
         else:
             rows.append({"record": record, **result})
         record.data = b""
-        record.fields = {k: _bounded(v, 4 * max_text) for k, v in record.fields.items()}
     if not rows:
         reasons = Counter(s["reason"] for s in skipped).most_common(5)
         told = ", ".join(f"{n} {r}" for r, n in reasons) or "no pictures were found"
@@ -217,6 +217,11 @@ def _map_ordered(
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
+
+
+def _with_bounded_texts(record: Record, limit: int) -> Record:
+    record.fields = {k: _bounded(v, limit) for k, v in record.fields.items()}
+    return record
 
 
 def _bounded(value: Any, limit: int) -> Any:

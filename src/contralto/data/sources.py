@@ -379,6 +379,10 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
             try:
                 member = archive.next()
             except tarfile.TarError as error:
+                record = _tar_record(file, source, key, group, row)
+                if record is not None:
+                    yield record
+                    row += 1
                 yield Record(
                     f"{source}/{key}", source, "tar", row=row, problem=f"broken tar after this member ({error})"
                 )
@@ -545,7 +549,7 @@ def _lines(text: Any, path: str, raw: Any) -> Iterator[str]:
         read += len(line)
         if len(line) == MAX_LINE:
             raise DataError(f"a line has {MAX_LINE} characters or more", file=path, row=row)
-        if read > min(MAX_TABLE, MAX_RATIO * raw.tell() + 4 * 2**20):
+        if read > min(MAX_TABLE, MAX_RATIO * raw.tell() + 2**20):
             raise DataError(f"{read} characters so far, too many for the size of the file", file=path, row=row)
         yield line
 
