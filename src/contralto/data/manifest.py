@@ -30,6 +30,7 @@ column                  type       meaning
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,9 @@ class Manifest:
         """Given labels (N,), -1 = none."""
         return self.column("label").astype(np.int64)
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
-        """Texts as found, one per row."""
+        """Texts as found, one per row; made once, because many look up one after the other."""
         return [str(t) for t in self.table.column("text").to_pylist()]
 
     def column(self, name: str) -> npt.NDArray[Any]:
@@ -149,6 +150,10 @@ class Manifest:
 
         The clean labels are not part of it: they serve evaluation only and change nothing that is learnt.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([[c.name, c.queries, c.definition] for c in self.classes]).encode())
         for name in ("id", "sha256", "label", "text", "split"):
             digest.update(json.dumps(self.table.column(name).to_pylist()).encode())

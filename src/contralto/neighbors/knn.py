@@ -21,7 +21,7 @@ def knn(
     *,
     queries: npt.ArrayLike | None = None,
     search: str = "exact",
-    probes: int = 32,
+    probes: int = 64,
     seed: int = 0,
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """Nearest neighbours by cosine (CAPro 3.1).
