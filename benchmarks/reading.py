@@ -209,7 +209,8 @@ def main(out: Path, rounds: int, pictures: int) -> None:
             print(json.dumps(row), flush=True)
     text = json.dumps(
         {
-            "command": "python benchmarks/reading.py", "batch": BATCH, "workers": WORKERS, "pictures": pictures,
+            "command": f"python benchmarks/reading.py --rounds {rounds} --pictures {pictures}",
+            "batch": BATCH, "workers": WORKERS, "pictures": pictures,
             "rounds": rounds, "environment": environment(), "rows": rows,
         },
         indent=1,

@@ -38,11 +38,12 @@ def test_modes_of_the_web():
     assert decode_image(encode(palette, "GIF"))[0, 0].tolist() == [10, 200, 30]
 
 
-def test_exif_rotation_is_applied_in_header_and_pixels():
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_rotation_is_applied_in_header_and_pixels(kind):
     image = Image.new("RGB", (30, 20))
     exif = image.getexif()
     exif[0x0112] = 6
-    data = encode(image, "JPEG", exif=exif)
+    data = encode(image, kind, exif=exif)
     assert probe_image(data)[:2] == (20, 30)
     assert decode_image(data).shape == (30, 20, 3)
 

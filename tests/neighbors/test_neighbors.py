@@ -149,7 +149,17 @@ def test_an_index_with_all_cells_probed_is_exact_and_short_cells_are_made_up_for
         assert (similarity[rows] <= expected[0][rows] + 1e-5).all()
         if probes > 1:
             assert np.array_equal(index, expected[1])
-    assert np.array_equal(knn(x, 5, search="auto")[1], knn(x, 5)[1])
+
+
+def test_auto_is_exact_up_to_a_size_and_an_index_above(monkeypatch):
+    import importlib
+
+    module = importlib.import_module("contralto.neighbors.knn")
+    x = clustered(500, classes=500)  # so loose that one cell does not hold all neighbours
+    assert np.array_equal(knn(x, 5, search="auto", probes=1)[1], knn(x, 5)[1])
+    monkeypatch.setattr(module, "AUTO_EXACT", 499)
+    assert np.array_equal(knn(x, 5, search="auto", probes=1)[1], knn(x, 5, search="ivf", probes=1)[1])
+    assert not np.array_equal(knn(x, 5, search="auto", probes=1)[1], knn(x, 5)[1])
 
 
 def test_queries_of_an_index_and_a_graph_made_with_it():

@@ -191,3 +191,23 @@ def test_ten_thousand_images_stay_below_15_mb(tmp_path):
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(DataError, match="the run is not finished"):
         write_report(tmp_path, read_image=read_image)
+
+
+def test_no_more_pictures_are_decoded_than_can_fit(tmp_path):
+    from contralto.review import report
+
+    hostile_run(tmp_path, n=60)
+    manifest = Manifest.load(tmp_path / "manifest")
+    rows = pq.read_table(tmp_path / "cleaned.parquet").to_pylist()
+    read = []
+
+    def read_image(row):
+        read.append(row)
+        return np.zeros((20, 20, 3), np.uint8)
+
+    *_, left_out = report._gallery(rows, manifest, read_image, 48, 20 * report.SMALLEST)
+    worst = sorted(rows, key=lambda r: -r["p_wrong"])[:20]
+    assert sorted(read) == sorted(r["index"] for r in worst)
+    assert left_out >= 40
+    *_, left_out = report._gallery(rows, manifest, read_image, 48, 10**7)
+    assert left_out == 0

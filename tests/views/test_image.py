@@ -189,6 +189,19 @@ def test_a_jpeg_keeps_its_scale_where_a_view_needs_it_and_other_formats_always()
     assert torch.equal(drawn, small(png, view_generator(0, 0, 1, 0)))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_turned_pictures_of_any_format_are_cut_where_their_pixels_are(kind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for shape in ((48, 96), (45, 97)):
+        data = encode(photograph(*shape)[0].resize(shape[::-1]), kind, exif=exif)
+        whole = torch.from_numpy(decode_image(data)).permute(2, 0, 1)
+        for view in (weak_view(24, (0.5,) * 3, (0.5,) * 3), EvalView(24)):
+            for i in range(5):
+                drawn = draw_views(data, [view], [view_generator(0, 0, i, 0)])[0]
+                assert torch.equal(drawn, view(whole, view_generator(0, 0, i, 0)))
+
+
 def test_views_of_bytes_are_bounded_and_name_what_is_broken():
     _, data = photograph(160, 240)
     for broken, reason in (

@@ -122,6 +122,8 @@ def orientation(image: Image.Image) -> int:
 
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """Width and height after EXIF rotation, by the header."""
+    if image.format == "TIFF":
+        return image.size  # PIL has turned it already
     return (image.height, image.width) if orientation(image) in (5, 6, 7, 8) else image.size
 
 

@@ -137,9 +137,9 @@ class Manifest:
         """Given labels (N,), -1 = none."""
         return self.column("label").astype(np.int64)
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
-        """Texts as found, one per row."""
+        """Texts as found, one per row; made once, because many look up one after the other."""
         return [str(t) for t in self.table.column("text").to_pylist()]
 
     def column(self, name: str) -> npt.NDArray[Any]:

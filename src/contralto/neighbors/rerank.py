@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contralto.errors import UsageError
-from contralto.neighbors.knn import knn
+from contralto.neighbors.knn import knn, unit_rows
 
 __all__ = ["neighbour_graph", "rerank", "rerank_lists"]
 
@@ -136,13 +136,12 @@ def neighbour_graph(
     >>> index.shape
     (6, 2)
     """
-    data = np.asarray(features, dtype=np.float32)
-    n = len(data)
+    n = len(np.asarray(features))
     if not use_rerank:
-        similarity, index = knn(data, min(k, n), search=search, seed=seed)
+        similarity, index = knn(features, min(k, n), search=search, seed=seed)
         return index, 1 - similarity.clip(0, 1)
-    _, index = knn(data, min(candidates, n), search=search, seed=seed)
-    unit = data / np.maximum(np.linalg.norm(data, axis=1, keepdims=True), 1e-12)
+    _, index = knn(features, min(candidates, n), search=search, seed=seed)
+    unit = unit_rows(features)  # only now, when the search has let go of its copies
     distance = np.empty(index.shape, np.float32)
     for start in range(0, n, 2048):  # the gathered rows of a part are the largest array here
         part = slice(start, start + 2048)

@@ -33,6 +33,7 @@ from contralto.review.charts import bar_pairs, curve, heat_map, scatter
 __all__ = ["write_report"]
 
 SHEET = 100
+SMALLEST = 400  # characters that a picture takes in the page, thumbnail and all, at the very least
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -164,9 +165,9 @@ def _gallery(
 ) -> tuple[list[dict[str, Any]], list[str], int, int]:
     """Items for the script and sprite sheets of their thumbnails within the budget (characters of the page)."""
     texts = manifest.texts
-    order = sorted(rows, key=lambda r: (r["given"], -r["p_wrong"]))
+    most = max(1, budget // SMALLEST)  # no more than these can fit, so no more are decoded
+    order = sorted(_most_suspicious(rows, most), key=lambda r: (r["given"], -r["p_wrong"]))
     thumbs = [_thumbnail(read_image(r["index"]), side) for r in order]
-    left_out = 0
     for scale, quality in ((1.0, 70), (1.0, 50), (0.75, 50), (0.67, 35)):
         size = round(side * scale)
         sheets = _sheets(thumbs, size, quality)
@@ -177,10 +178,13 @@ def _gallery(
     if total > budget:  # the most suspicious of all stay
         keep = max(1, int(len(order) * budget / total * 0.95))
         chosen = sorted(sorted(range(len(order)), key=lambda i: -order[i]["p_wrong"])[:keep])
-        left_out = len(order) - keep
         order, thumbs = [order[i] for i in chosen], [thumbs[i] for i in chosen]
         sheets, items = _sheets(thumbs, size, quality), _items(order, texts)
-    return items, sheets, size, left_out
+    return items, sheets, size, len(rows) - len(order)
+
+
+def _most_suspicious(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    return rows if len(rows) <= most else sorted(rows, key=lambda r: -r["p_wrong"])[:most]
 
 
 def _thumbnail(image: npt.NDArray[np.uint8], side: int) -> Image.Image:

@@ -204,14 +204,17 @@ def draw_views(picture: bytes | Pixels, views: Sequence[View | EvalView], genera
     >>> [tuple(v.shape) for v in draw_views(np.zeros((20, 10, 3), np.uint8), [weak, test], generators)]
     [(3, 8, 8), (3, 8, 8)]
     """
-    opened = open_image(picture) if isinstance(picture, bytes) else Image.fromarray(picture)
-    width, height = oriented_size(opened)
+    image = open_image(picture) if isinstance(picture, bytes) else Image.fromarray(picture)
+    # The partly filled last block of a picture that EXIF turns is at another edge, where boxes do not expect it.
+    ragged = orientation(image) != 1 and (image.width % 8 or image.height % 8)
+    reducible = image.format == "JPEG" and not ragged
+    if not reducible:
+        image = load_image(image)
+    width, height = oriented_size(image) if reducible else image.size
     boxes = [view.place(height, width, rng) for view, rng in zip(views, generators, strict=True)]
-    enough = max(v.size * OVERSAMPLING / min(b[2:]) for v, b in zip(views, boxes, strict=True))
-    ragged = orientation(opened) != 1 and (
-        width % 8 or height % 8
-    )  # after turning, the partly filled edge is elsewhere
-    image = load_image(opened, None if ragged else math.ceil(enough * min(height, width)))
+    if reducible:
+        enough = max(v.size * OVERSAMPLING / min(b[2:]) for v, b in zip(views, boxes, strict=True))
+        image = load_image(image, math.ceil(enough * min(height, width)))
     factor = round(width / image.width)
     if factor == 1:
         cuts = [view.cut(image, box) for view, box in zip(views, boxes, strict=True)]
