@@ -34,7 +34,7 @@ from contralto.pipelines.webly import Job, fit_capro, load_preset
 SIZES = [1_000, 10_000, 100_000]
 SHARD, SIDE, WRONG, TEST = 1000, 96, 0.3, 0.05
 STAGES = (
-    "ingest", "features", "plain", "vanilla", "matching", "capro", "cleaning", "finetune", "evaluation", "report",
+    "ingest", "features", "plain", "vanilla", "matching", "reconciling", "capro", "cleaning", "finetune", "evaluation", "report",
 )  # fmt: skip
 
 
