@@ -295,3 +295,58 @@ def test_stage_epochs_and_schedule_follow_the_paper():
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         small(**wrong)
+
+
+@pytest.mark.parametrize("stage", ["capro", "finetune"])
+def test_a_posterior_judges_and_soft_labels_teach(stage):
+    """The extension `reconcile`: the posterior takes the place of r; both classifiers learn the soft label of every row."""
+    torch.manual_seed(3)
+    n, classes = 7, 4
+    system = CAPro(
+        nn.Linear(6, 8), classes, 8, stage=stage, hidden=7, dim=5, queue_size=20, init_proto_epoch=0, start_clean_epoch=50,
+        momentum_prototype=0.9, threshold=0.6, keep_threshold=0.3, mixup=0.0,
+    ).double()  # fmt: skip
+    system.prototypes.copy_(F.normalize(torch.randn(classes, 5, dtype=torch.float64), dim=1))
+    batch = {
+        "views": [torch.randn(n, 6, dtype=torch.float64) for _ in range(2)],
+        "label": torch.randint(classes, (n,)),
+        "anchor": torch.arange(n) == 1,
+        "weight": torch.rand(n, dtype=torch.float64),
+        "posterior": 0.8 * torch.rand(n, classes, dtype=torch.float64).mul(6).softmax(1),
+        "target": torch.rand(n, classes, dtype=torch.float64).softmax(1),
+    }
+    before = system.prototypes.clone()
+    v = system.encoder(batch["views"][0])
+    z = system.projector(v)
+    logits, aux = system.classifier(v), system.auxiliary(z)
+    out = system.step(batch, epoch=3)
+    b = bootstrapping_target(
+        z, system.queue.read(),
+        0.5 * (system.queue.read() @ system.auxiliary.weight.T).softmax(1)
+        + 0.5 * (system.queue.read() @ before.T / 0.1).softmax(1),
+    )  # fmt: skip
+    cls = aux_loss = 0.0
+    for i in range(n):
+        soft = sum(-batch["target"][i, c] * logits[i].log_softmax(0)[c] for c in range(classes))
+        soft_aux = sum(-batch["target"][i, c] * aux[i].log_softmax(0)[c] for c in range(classes))
+        looked_up = sum(-b[i, c] * aux[i].log_softmax(0)[c] for c in range(classes))
+        cls = cls + batch["weight"][i] * soft / n
+        aux_loss = aux_loss + batch["weight"][i] * (0.9 * soft_aux + 0.1 * looked_up) / n
+    torch.testing.assert_close(out["loss_cls"], cls)
+    torch.testing.assert_close(out["loss_aux"], aux_loss)
+    if stage == "finetune":
+        assert "kept" not in out
+        return
+    moved, kept = before.clone(), 0
+    for i in range(n):
+        p, y = batch["posterior"][i], int(batch["label"][i])
+        if not batch["anchor"][i]:
+            if p.max() >= 0.6:
+                y = int(p.argmax())
+            elif p[y] < 0.3:
+                continue
+        kept += 1
+        moved[y] = 0.9 * moved[y] + 0.1 * z[i].detach()
+    assert 0 < kept < n
+    assert out["kept"] == pytest.approx(kept / n)
+    torch.testing.assert_close(system.prototypes, F.normalize(moved, dim=1))
