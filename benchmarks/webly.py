@@ -45,15 +45,7 @@ from contralto.systems.webly.reconcile import names_in_texts
 PAPER = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
 RULE = {"reconcile": False}
 # Arms that train the classifier alone, and what they learn from.
-SIMPLE = (
-    "plain",
-    "clean labels (ceiling)",
-    "cleanlab",
-    "label smoothing",
-    "name in text",
-    "vanilla",
-    "plain on reconciled",
-)
+SIMPLE = ("plain", "clean labels (ceiling)", "cleanlab", "label smoothing", "name in text", "plain on reconciled")
 # Arms that run the job: changes to the `small` preset, and the stage that is tested.
 JOBS = {
     "random anchors": PAPER | {"anchors": -1},
