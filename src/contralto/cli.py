@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module, metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from contralto.errors import ContraltoError, DataError, UsageError
 
@@ -294,31 +294,126 @@ def embed(
     return {"n": len(ids), "width": int(rows.shape[1]), "file": str(target)}
 
 
-def clean(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str, Any]:
-    """Write the list of wrong images and the corrected labels of a run, as Parquet and CSV.
+def clean(
+    data: str,
+    *,
+    probs: Path | None = None,
+    embeddings: Path | None = None,
+    out: Path | None = None,
+    definitions: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    split_column: str | None = None,
+    clean_column: str | None = None,
+    group_column: str | None = None,
+    blank_share: float | None = 0.98,
+    min_side: int = 32,
+    allow_outside: bool = False,
+    text_encoder: str = "minilm",
+    class_text: Literal["name+definition", "definition", "name"] = "name+definition",
+    anchors: int | None = None,
+    threshold: float = 0.6,
+    keep_threshold: float = 0.3,
+    alpha: float = 0.5,
+    neighbours: int = 20,
+    kept_neighbours: int = 5,
+    seed: int = 0,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Write the list of wrong images and the corrected labels, as Parquet and CSV.
+
+    Of a finished run: `contralto clean RUN`. Or, without training, of images and the outputs of a model of your own:
+    `contralto clean DATA --probs P.npy --embeddings E.npy --out FOLDER`; all arguments but --out are for this.
 
     Args:
-        run: Run folder.
+        data: Run folder; or path or address of the images.
+        probs: .npy file (N, C) with class probabilities that your model gives pictures it was not trained on (cross-validation);
+            columns in the order of the classes: as in the definitions, without them the sorted names of the given labels.
+        embeddings: .npy file (N, D) with visual features. Rows of both arrays in the order of reading: one for everything read,
+            also what is skipped; or one per usable picture; or one per usable training picture with a web label.
         out: Folder for cleaned.parquet and cleaned.csv; default: the run folder.
+        definitions: Definitions file.
+        image_column: Column of the images.
+        label_column: Column of the given labels.
+        text_column: Columns of the texts, joined by commas.
+        id_column: Column of the ids.
+        split_column: Column that tells training from test images.
+        clean_column: Column of labels verified by people, for evaluation only.
+        group_column: Column that names what several images show together.
+        blank_share: Share of one grey level that makes an image blank; null for none.
+        min_side: Smallest side in pixels.
+        allow_outside: Let tables name files outside their folder.
+        text_encoder: minilm, tfidf, or a sentence-transformers name.
+        class_text: What stands for a class.
+        anchors: Images per class that stand for it; default: a fifth of a class, 10 to 50.
+        threshold: Score from which a label is corrected.
+        keep_threshold: Score from which a label is kept.
+        alpha: Share of the classifier in the score when the texts say nothing.
+        neighbours: Similar images that vote.
+        kept_neighbours: Similar images that lend each other their texts.
+        seed: Deals images to folds.
     """
+    if probs is not None or embeddings is not None:
+        options = {k: v for k, v in locals().items() if k not in ("data", "out", "show")}
+        return _clean_with_model(data, out, show, options)
     import pyarrow.parquet as pq
 
     from contralto.files import naming
     from contralto.pipelines.outputs import write_cleaned_csv
 
+    run = Path(data)
     source = run / "cleaned.parquet"
     if not source.is_file():
-        raise DataError("there is no cleaned.parquet: is the run finished?", file=str(run))
+        raise DataError(
+            "there is no cleaned.parquet: is the run finished? For images and a model of your own, give --probs or "
+            "--embeddings (.npy files), and --out",
+            file=data,
+        )
     with naming(source):
         table = pq.read_table(source)
+        told = _worst(table)
         counts = Counter(table.column("verdict").to_pylist())
-        worst = table.sort_by([("p_wrong", "descending")]).slice(0, 10).to_pylist()
-        told = [(f"{r['p_wrong']:.2f}", r["id"][:40], r["given"], r["verdict"], r["new"]) for r in worst]
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     if folder.resolve() != run.resolve():
         pq.write_table(table, folder / "cleaned.parquet")
     write_cleaned_csv(table, folder / "cleaned.csv")
+    return _print_list(folder, told, counts, show)
+
+
+def _clean_with_model(data: str, out: Path | None, show: bool, options: dict[str, Any]) -> dict[str, Any]:
+    from contralto.pipelines.cleaning import clean_with_model
+
+    if out is None:
+        raise UsageError("--out must name a folder for the list")
+    table = clean_with_model(data, out, progress=show, **options)
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    result = _print_list(out, _worst(table), Counter(metrics["counts"]), show)
+    if show and "noise" in metrics:
+        noise, anchors = metrics["noise"], metrics["anchors"]
+        shown = _table("judged by the clean labels", "average precision", "flagged", "precision", "recall")
+        for name, value in metrics["alone"].items():
+            shown.add_row(f"{name} alone", _percent(value), "", "", "")
+        quality = [_percent(noise[k]) for k in ("average_precision", "flagged", "precision", "recall")]
+        shown.add_row("all together", *quality)
+        _console().print(shown)
+        _console().print(
+            f"wrong labels: {_percent(noise['rate_given'])} as given, {_percent(noise['rate_cleaned'])} after; "
+            f"{anchors['count']} anchors, {_percent(anchors['precision'])} of them right",
+            highlight=False,
+        )
+    result |= metrics
+    return result
+
+
+def _worst(table: Any) -> list[tuple[str, ...]]:
+    rows = table.sort_by([("p_wrong", "descending")]).slice(0, 10).to_pylist()
+    return [(f"{r['p_wrong']:.2f}", r["id"][:40], r["given"], r["verdict"], r["new"]) for r in rows]
+
+
+def _print_list(folder: Path, told: list[tuple[str, ...]], counts: Counter[str], show: bool) -> dict[str, Any]:
     if show:
         shown = _table("p(wrong)", "id", "given", "verdict", "new")
         for row in told:
@@ -439,7 +534,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "evaluate": (evaluate, "accuracy of a run on data with clean labels"),
     "predict": (predict, "labels for new images"),
     "embed": (embed, "embeddings for new images"),
-    "clean": (clean, "the list of wrong images and the corrected labels"),
+    "clean": (clean, "the list of wrong images and the corrected labels, of a run or by a model of your own"),
     "report": (report, "the HTML report of a run"),
     "reproduce": (reproduce, "a paper's claim as a paired experiment, judged"),
     "systems": (systems, "what systems there are"),

@@ -106,6 +106,7 @@ def ingest(
     workers: int = 2,
     allow_outside: bool = False,
     progress: Callable[[int], None] | None = None,
+    left_out: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Read data in any of the known forms into a manifest.
 
@@ -127,6 +128,8 @@ def ingest(
         Let tables name files outside their folder.
     progress : function, optional
         Called with the number of pictures seen so far.
+    left_out : function, optional
+        Called with the place of every picture that cannot be used, counted from 0 in the order of reading.
 
     Returns
     -------
@@ -154,6 +157,8 @@ def ingest(
             progress(seen + 1)
         columns.update(record.fields.keys())
         if isinstance(result, str):
+            if left_out is not None:
+                left_out(seen)
             reason, _, detail = result.partition("\t")
             skipped.append(
                 {

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from contralto.errors import UsageError
 from contralto.neighbors.rerank import rerank
 
-__all__ = ["Match", "Matching", "match_texts", "select_anchors", "within_class_rank"]
+__all__ = ["Match", "Matching", "class_probabilities", "match_texts", "select_anchors", "within_class_rank"]
 
 Match = Literal["rerank", "cosine", "discriminative"]
 
@@ -82,7 +82,7 @@ def match_texts(
         raise UsageError(f'match must be "rerank", "cosine" or "discriminative", got {method!r}')
     T, K = _unit(texts), _unit(class_texts)
     similarity = T @ K.T  # (N, C)
-    probability = _probabilities(similarity, labels, empty=np.asarray(~T.any(1)))
+    probability = class_probabilities(similarity, labels, empty=np.asarray(~T.any(1)))
     valid = labels >= 0
     own = np.where(valid, labels, 0)
     rows = np.arange(len(labels))
@@ -156,10 +156,28 @@ def within_class_rank(distance: npt.NDArray[Any], labels: npt.NDArray[np.int64])
     return rank
 
 
-def _probabilities(
+def class_probabilities(
     similarity: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], empty: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float32]:
-    """Softmax of similarities, centred per class, at the temperature that makes the given labels likeliest."""
+    """Softmax of similarities, centred per class, at the temperature that makes the given labels likeliest.
+
+    Parameters
+    ----------
+    similarity : array (N, C)
+    labels : array (N,)
+        Given labels, -1 = none.
+    empty : array (N,) bool
+        Rows that say nothing: they come out uniform.
+
+    Returns
+    -------
+    array (N, C) float32
+
+    Examples
+    --------
+    >>> class_probabilities(np.eye(2), np.array([0, 1]), np.array([False, False])).round(2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
 
