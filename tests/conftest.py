@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -36,6 +37,9 @@ def refuse_network(event, words):
 
 sys.addaudithook(refuse_network)
 torch.set_num_threads(1)  # two test processes share two cores
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: Ctrl-C is tested all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"red": (200, 30, 40), "green": (30, 180, 60), "blue": (40, 60, 210)}
 

@@ -339,20 +339,6 @@ class _Texts:
         rows[said] = encoded[[place[texts[i]] for i in said]]
         return cls(texts, rows, class_rows)
 
-    def told_apart(self) -> list[str]:
-        """The texts, with a number after those that very many share.
-
-        `reconcile` learns the looks from pictures of other texts. Where one text, such as the bare query, came with a large
-        part of a class, that class would be missing when its pictures are judged; so no group is larger than a tenth of a
-        class. Numbers are no words: nothing else is changed.
-        """
-        largest, seen, out = max(len(self.texts) // (10 * len(self.classes)), 1), Counter[str](), []
-        for text in self.texts:
-            part = seen[text] // largest
-            seen[text] += 1
-            out.append(f"{text} {part}" if part and text.strip() else text)
-        return out
-
 
 # How it is judged.
 
@@ -382,7 +368,7 @@ def _judge(
     looks = features if probs is None else np.log(probs + 1e-4)
     assert looks is not None
     found = reconcile(
-        looks, texts.told_apart(), texts.rows, texts.classes, pictures.manifest.class_names, pictures.labels, seed=seed
+        looks, texts.texts, texts.rows, texts.classes, pictures.manifest.class_names, pictures.labels, seed=seed
     )
     if found is None:
         return _judge_without_texts(pictures, probs, features, count, alpha, neighbours)

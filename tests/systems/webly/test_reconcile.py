@@ -73,7 +73,7 @@ def test_texts_that_say_nothing_are_no_witness():
 
 
 def test_a_classifier_of_ones_own_takes_the_place_of_the_looks():
-    data = planted(wrong=0.5)
+    data = planted(wrong=0.5, texts_off=0.4)
     truth, outside = data[:2]
     blind = (data[0], data[1], data[2], np.zeros_like(data[3]), data[4], data[5])
     own = np.full((len(truth), 4), 0.05)
@@ -96,11 +96,18 @@ def test_the_same_input_gives_the_same_posterior_and_order_of_classes_does_not_m
 
 
 def test_pictures_with_one_text_are_never_judged_by_a_classifier_that_saw_that_text():
-    texts = ["a", "b", "", "a", "", "b"] * 30
-    fold = module._deal(texts, 5, 0)
-    for name in ("a", "b"):
+    texts = [f"text {i // 3}" for i in range(300)] + [""] * 30
+    fold = module._deal(texts, 2, 5, 0)
+    for name in set(texts) - {""}:
         assert len({fold[i] for i, t in enumerate(texts) if t == name}) == 1
-    assert len({fold[i] for i, t in enumerate(texts) if t == ""}) > 1
+    assert len({fold[i] for i, t in enumerate(texts) if t == ""}) == 5
+
+
+def test_a_text_that_came_with_a_whole_class_does_not_hide_the_class():
+    truth, _, web, looks, _, text = planted(off=0.0)
+    assert len(set(module._deal([f"about {c}" for c in truth], 4, 5, 0)[truth == 2])) == 5
+    found = reconcile(looks, [f"about {WORDS[c]}" for c in truth], text, np.eye(4, 10), NAMES, web)
+    assert (found.posterior.argmax(1) == truth).mean() > 0.95
 
 
 def test_judges_are_those_of_a_plain_loop():
@@ -147,7 +154,7 @@ def test_soft_targets_are_the_two_step_draw(seed, balanced):
 def test_whole_words_plurals_and_hyphens():
     found = names_in_texts(["Two T-Shirts", "ladies' wallets", "communication", "the cat's house", "tie", "", "bus"],
                            ["tshirt", "lady", "cat", "Wallet", "ties", "bus", "..."])  # fmt: skip
-    assert [np.flatnonzero(row).tolist() for row in found] == [[0], [1, 3], [], [], [4], [], [5]]
+    assert [np.flatnonzero(row).tolist() for row in found] == [[0], [1, 3], [], [2], [4], [], [5]]
 
 
 def test_lengths_that_do_not_fit_are_named():

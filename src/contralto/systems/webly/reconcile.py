@@ -22,6 +22,7 @@ This is no part of the CAPro paper.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def reconcile(
     worth = _worth(matching.probability, labels)
     if worth < MIN_WORTH:
         return None
-    fold = _deal(texts, folds, seed)
+    fold = _deal(texts, classes, folds, seed)
     names = names_in_texts(texts, class_names)
     fit = _unit(text_features) @ _unit(class_features).T
     has_text = np.abs(fit).max(1) > 1e-6
@@ -229,11 +230,21 @@ def _worth(probability: Array, labels: Array) -> float:
     return float(np.log(np.maximum(given * classes, 1e-12)).mean() / np.log(classes))
 
 
-def _deal(texts: Sequence[str], folds: int, seed: int) -> npt.NDArray[np.int64]:
-    """A fold for every picture; pictures with one text lie together, so that no text is judged by its own copy."""
-    names = np.array([t if t.strip() else f"\x00{i}" for i, t in enumerate(texts)], dtype=object).astype(str)
-    _, group = np.unique(names, return_inverse=True)
-    return np.random.default_rng(seed).permutation(int(group.max()) + 1)[group] % folds
+def _deal(texts: Sequence[str], classes: int, folds: int, seed: int) -> npt.NDArray[np.int64]:
+    """A fold for every picture; pictures with one text lie together, so that no text is judged by its own copy.
+
+    Where one text, such as the bare query, came with a large part of a class, the class would be missing when its pictures
+    are judged: no more than a tenth of a class's usual size lies together.
+    """
+    largest = max(len(texts) // (10 * classes), 1)
+    seen: Counter[str] = Counter()
+    names = []
+    for i, text in enumerate(texts):
+        names.append(f"{text}\x00{seen[text] // largest}" if text.strip() else f"\x00{i}")
+        seen[text] += 1
+    _, group = np.unique(np.array(names, dtype=object).astype(str), return_inverse=True)
+    order: npt.NDArray[np.int64] = np.random.default_rng(seed).permutation(int(group.max()) + 1)
+    return order[group] % folds
 
 
 def _settle(
