@@ -73,7 +73,7 @@ def test_texts_that_say_nothing_are_no_witness():
 
 
 def test_a_classifier_of_ones_own_takes_the_place_of_the_looks():
-    data = planted(wrong=0.5, texts_off=0.4)
+    data = planted(texts_off=0.3)
     truth, outside = data[:2]
     blind = (data[0], data[1], data[2], np.zeros_like(data[3]), data[4], data[5])
     own = np.full((len(truth), 4), 0.05)
