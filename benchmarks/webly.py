@@ -367,7 +367,7 @@ def draw(results: dict, path: Path) -> None:
         axis.axvline(100, color="0.6", lw=1, ls=":")
         axis.set_yticks(range(len(arms)), arms)
         axis.set_title(key, fontsize=10)
-        axis.set_xlabel("share of the gap between plain and clean labels, %")
+        axis.set_xlabel("share of the gap, %")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     write_atomically(path, lambda p: figure.savefig(p, dpi=110, format="png"))
@@ -386,7 +386,8 @@ def main() -> None:
     a = parser.parse_args()
     networks = [*a.networks, *(["fine-tuned"] if a.full else [])]
     started = time.perf_counter()
-    results = {}
+    kept = a.out / "webly.json"
+    results = json.loads(kept.read_text(encoding="utf-8"))["results"] if kept.exists() else {}  # of other sets
     with ProcessPoolExecutor(a.processes) as pool:
         pairs = [(n, k) for k in networks for n in a.data if k != "small network" or n == "web_icons"]
         # The ablations come last, when the main arms are written already.
@@ -420,7 +421,7 @@ def main() -> None:
                     by_arm[early], rates[early] = [f | f["not fine-tuned"] for f in by_arm[arm]], rates[arm]
             results[f"{name}, {network}"] = summarise(name, network, by_arm, rates, a.work)
             told = {
-                "command": "python benchmarks/webly.py" + (" --full" if a.full else ""), "seeds": list(range(a.seeds)),
+                "command": "python benchmarks/webly.py" + (" --full" if a.full else ""),
                 "grid": GRID, "choice": "web labels of held-out training pictures weighted by text, seed 100",
                 "minutes": round((time.perf_counter() - started) / 60, 1), "environment": environment(), "results": results,
             }  # fmt: skip

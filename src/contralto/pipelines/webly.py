@@ -623,8 +623,10 @@ class Job:
                 soft_wrap=True,
             )
             if self.arguments["anchors"] >= 0:
-                own = self.reconciled.posterior[np.arange(len(self.labels)), self.labels]
-                rank = within_class_rank(1 - own, self.labels)
+                rows = np.arange(len(self.labels))
+                own = self.reconciled.posterior[rows, self.labels]
+                # Trusted for good, so both must say so: all witnesses together, and the text alone.
+                rank = within_class_rank(1 - own * self.matching.probability[rows, self.labels], self.labels)
                 self.anchors = (rank == 0) | ((rank < self.arguments["anchors"]) & (own >= 0.5))
 
     def _clean_texts(self) -> list[str]:

@@ -155,11 +155,12 @@ def reconcile(
             looks = _judge_unseen(visual, p, fold, _L2)
         said = definition + np.log(_judge_unseen(words, looks, fold, _TEXT_L2) + 1e-6)
         p, trust = _settle(p, said, labels, names, fit, has_text, looks)
-    posterior = _softmax(0.5 * np.log(p + 1e-12) + np.log(looks + 1e-6))
+    # Four decimals: what lies below differs between machines.
+    posterior = _softmax(0.5 * np.log(p + 1e-12) + np.log(looks + 1e-6)).round(4)
     return Reconciled(
         posterior[:, :classes].astype(np.float32),
         posterior[:, classes].astype(np.float32),
-        looks[:, :classes].astype(np.float32),
+        looks[:, :classes].round(4).astype(np.float32),
         worth,
         trust,
     )
@@ -315,15 +316,15 @@ def _judge_unseen(x: Array, target: Array, fold: Array, l2: float) -> npt.NDArra
         if not judge.any():
             continue
         start = _logistic(x[learn], target[learn], weight[learn], l2, start)
-        out[judge] = _softmax((x[judge] @ start).astype(np.float64))
+        out[judge] = _softmax(x[judge] @ start)
     return out
 
 
-def _logistic(x: Array, target: Array, weight: Array, l2: float, start: Array | None) -> npt.NDArray[np.float32]:
+def _logistic(x: Array, target: Array, weight: Array, l2: float, start: Array | None) -> npt.NDArray[np.float64]:
     """Multinomial logistic regression (D, K) on soft targets, which scikit-learn's does not take; the last column is 1."""
-    inputs, soft = torch.from_numpy(x), torch.from_numpy(target.astype(np.float32))
-    share = torch.from_numpy((weight / weight.sum()).astype(np.float32))
-    first = torch.zeros(x.shape[1], target.shape[1]) if start is None else torch.from_numpy(start.copy())
+    inputs, soft, share = torch.from_numpy(x), torch.from_numpy(target), torch.from_numpy(weight / weight.sum())
+    shape = (x.shape[1], target.shape[1])
+    first = torch.zeros(shape, dtype=torch.float64) if start is None else torch.from_numpy(start.copy())
     w = first.requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=40, history_size=10, line_search_fn="strong_wolfe")
 
@@ -337,14 +338,17 @@ def _logistic(x: Array, target: Array, weight: Array, l2: float, start: Array | 
     return np.asarray(w.detach().numpy())
 
 
-def _components(x: Array, dims: int) -> npt.NDArray[np.float32]:
-    """Principal components scaled to unit spread over all of them, and a column of ones."""
+def _components(x: Array, dims: int) -> npt.NDArray[np.float64]:
+    """Principal components scaled to unit spread over all of them, and a column of ones.
+
+    Double precision from here on: a search amplifies the last bits, and they differ between processes.
+    """
     from sklearn.decomposition import PCA
 
-    x = np.asarray(x, dtype=np.float32)
+    x = np.asarray(x, dtype=np.float64)
     parts = PCA(min(dims, *x.shape), svd_solver="covariance_eigh" if len(x) >= x.shape[1] else "full").fit_transform(x)
     parts /= max(float(parts.std()), 1e-12)
-    return np.concatenate([parts, np.ones((len(x), 1))], 1).astype(np.float32)
+    return np.concatenate([parts, np.ones((len(x), 1))], 1)
 
 
 def _extended(predicted: Array) -> Array:
