@@ -71,14 +71,12 @@ RATES: dict[str, dict[str, float]] = {
         "random anchors": 0.001,
         "capro": 0.001,
         "capro+text": 0.003,
-        "capro+reconcile": 0.003,
     },
     "fashion_web": {
         "plain": 0.0003,
         "random anchors": 0.001,
         "capro": 0.003,
         "capro+text": 0.003,
-        "capro+reconcile": 0.003,
     },
 }
 """Learning rate of every arm by data set, the outcome of `choose_rates`."""
