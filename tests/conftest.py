@@ -37,7 +37,9 @@ def refuse_network(event, words):
 
 sys.addaudithook(refuse_network)
 torch.set_num_threads(1)  # two test processes share two cores
-os.environ["OMP_NUM_THREADS"] = "1"  # so do the programs that tests start: bits are the same for the same number of threads
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # so do the programs that tests start: bits are the same for the same number of threads
+)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: Ctrl-C is tested all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
