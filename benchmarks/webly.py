@@ -146,8 +146,6 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         load_preset("small") | settings | JOBS.get(arm, {}) | {"seed": seed, "cache": str(shared.parent / "features")}
     )
     arguments |= dict.fromkeys(RATES, rate) | {"accelerator": device}
-    if arm == "label smoothing":
-        arguments["reconcile"] = False
     job = Arm(str(shared), folder, arguments, progress=False)
     job.ingest()
     anchors = scale_rule(len(job.labels), job.num_classes)["anchors"]

@@ -39,20 +39,19 @@ from contralto.errors import DataError, UsageError
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import write_atomically
 from contralto.neighbors.graph import adjacency, smooth
-from contralto.neighbors.knn import knn
+from contralto.neighbors.knn import knn, unit_rows
 from contralto.neighbors.matching import Matching, class_probabilities, match_texts, within_class_rank
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import write_cleaned_csv
 from contralto.prototypes.bank import class_means
 from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
-from contralto.systems.webly.reconcile import Reconciled, reconcile
+from contralto.systems.webly.capro import scale_rule
+from contralto.systems.webly.reconcile import Reconciled, reconcile, sure_anchors
 
 __all__ = ["clean_with_model"]
 
 Array = npt.NDArray[Any]
 Given = str | Path | npt.NDArray[Any]
-
-OPINIONS = ("classifier", "prototype", "neighbours")
 
 
 def clean_with_model(
@@ -193,7 +192,7 @@ def clean_with_model(
             "cannot tell which are wrong: give predictions of cross-validation."
         )
     texts = _Texts.encoded(pictures, text_encoder, class_text)
-    count = _anchor_count(len(pictures.rows), len(names)) if anchors is None else anchors
+    count = scale_rule(len(pictures.rows), len(names))["anchors"] if anchors is None else anchors
     judged = _judge(pictures, texts, given_probs, features, count, alpha, neighbours, seed)
     if judged.off_topic is None:
         console.print("the texts say too little about the labels and are left out")
@@ -270,7 +269,7 @@ def _embeddings(given: Given, pictures: _Pictures) -> npt.NDArray[np.float32]:
     x -= x.mean(0)
     if not np.isfinite(x).all() or not x.any():
         raise DataError("all rows are the same, or their numbers are too large for single precision", file=name)
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
+    return unit_rows(x)
 
 
 def _judged_rows(given: Given, role: str, pictures: _Pictures) -> tuple[Array, Array, str]:
@@ -383,8 +382,7 @@ def _judge_with_texts(
     opinions = {"classifier": classifier / classifier.sum(1, keepdims=True)}
     posterior = np.concatenate([found.posterior, found.off_topic[:, None]], 1).astype(np.float64)
     own = posterior[n, labels]
-    rank = within_class_rank(1 - own, labels)
-    anchors = (rank == 0) | ((rank < count) & (own >= 0.5))
+    anchors = sure_anchors(own, labels, count)
     if features is None:
         return _Judged(opinions, posterior[:, :-1], anchors, 1 - own, posterior[:, -1])
     similarity = _prototype_similarity(features, labels, anchors, found.posterior.shape[1])
@@ -453,10 +451,6 @@ def _p_wrong(given: Array) -> Array:
     return np.asarray(0.999 * probability_wrong(given) + 0.001 * (1 - given))
 
 
-def _anchor_count(n: int, classes: int) -> int:
-    return int(min(max(n / classes // 5, 10), 50))
-
-
 def _verdicts(judged: _Judged, labels: Array, threshold: float, keep_threshold: float) -> tuple[Array, Array]:
     """Verdicts, and labels after correction, -1 = off-topic."""
     result = correct_labels(
@@ -486,7 +480,7 @@ def _table(pictures: _Pictures, judged: _Judged, matching: Matching, verdict: Ar
         "index": pictures.rows,
         "id": pictures.manifest.column("id")[pictures.rows].tolist(),
         "given": names[given].tolist(),
-        "verdict": [_told(v) for v in verdict],
+        "verdict": [Verdict(int(v)).word for v in verdict],
         "new": [names[c] if c >= 0 else "" for c in new],
     }
     scores = judged.opinions | {"fused": judged.fused}
@@ -523,10 +517,6 @@ def _nearest(similarity: Array | None, names: Array, n: int) -> dict[str, pa.Arr
     }
 
 
-def _told(verdict: int) -> str:
-    return Verdict(int(verdict)).name.lower().replace("_", "-")
-
-
 def _metrics(
     pictures: _Pictures, judged: _Judged, matching: Matching, probs: Array | None, table: pa.Table, new: Array
 ) -> dict[str, Any]:
@@ -534,7 +524,7 @@ def _metrics(
     verdicts: Sequence[str] = table.column("verdict").to_pylist()
     counted = Counter(verdicts)
     metrics: dict[str, Any] = {
-        "counts": {_told(v): counted[_told(v)] for v in Verdict},
+        "counts": {v.word: counted[v.word] for v in Verdict},
         "classes": pictures.manifest.class_names,
         "skipped": len(pictures.left_out),
         "texts": judged.off_topic is not None,

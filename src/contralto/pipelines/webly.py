@@ -47,25 +47,19 @@ from contralto.evaluation.classification import accuracy_interval, calibration_e
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import naming, remove_leftovers, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
-from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors, within_class_rank
+from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
 from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
 from contralto.systems.webly.model import WebClassifier
-from contralto.systems.webly.reconcile import MIN_WORTH, Reconciled, reconcile, soft_targets
+from contralto.systems.webly.reconcile import MIN_WORTH, Reconciled, reconcile, soft_targets, sure_anchors
 from contralto.training.fit import fit_stage
 from contralto.views.image import EvalView, View, draw_views, strong_view, view_generator, weak_view
 
 __all__ = ["PRESETS", "Job", "estimate_cost", "fit_capro", "load_preset"]
 
 PRESETS = ("webvision1k", "google500", "small")
-VERDICTS = {
-    Verdict.KEPT: "kept",
-    Verdict.CORRECTED: "corrected",
-    Verdict.OFF_TOPIC: "off-topic",
-    Verdict.ANCHOR: "anchor",
-}
 FREE = ("checkpoint_every",)
 """Arguments on which no result depends: a run may go on with other ones."""
 Array = npt.NDArray[Any]
@@ -447,8 +441,7 @@ class Job:
             fields["text_scores"] = torch.from_numpy(np.ascontiguousarray(self.matching.probability[rows]))
         if self._is_reconciled(stage):
             fields["posterior"] = torch.from_numpy(self.reconciled.posterior[rows])
-            target, _ = soft_targets(self.reconciled.posterior, balanced=self.arguments["class_balanced"])
-            fields["target"] = torch.from_numpy(target[rows])
+            fields["target"] = torch.from_numpy(self.soft_labels[rows])
         return fields
 
     def _is_reconciled(self, stage: Stage) -> bool:
@@ -520,7 +513,7 @@ class Job:
             dataset = ImageDataset(lambda i: self.read_bytes(int(self.train_rows[chosen[i]])), fields, views, seed=seed)
         draw: dict[str, Array] = {"labels": fields["label"].numpy()} if a["class_balanced"] else {}
         if self._is_reconciled(stage):
-            share = soft_targets(self.reconciled.posterior, balanced=a["class_balanced"])[1][chosen]
+            share = self.soft_share[chosen]
             draw = {"share": share / share.sum()}
         return DataLoader(
             dataset,
@@ -617,6 +610,9 @@ class Job:
                 np.ascontiguousarray(stored[:, c + 1 : 2 * c + 1], np.float32),
                 *map(float, stored[0, -2:]),
             )
+            self.soft_labels, self.soft_share = soft_targets(
+                self.reconciled.posterior, balanced=self.arguments["class_balanced"]
+            )
             self.console.print(
                 f"  {self.reconciled.trust:.0%} of the texts are about their picture, by estimate; "
                 f"{self.reconciled.off_topic.mean():.0%} of the pictures are off-topic",
@@ -626,8 +622,8 @@ class Job:
                 rows = np.arange(len(self.labels))
                 own = self.reconciled.posterior[rows, self.labels]
                 # Trusted for good, so both must say so: all witnesses together, and the text alone.
-                rank = within_class_rank(1 - own * self.matching.probability[rows, self.labels], self.labels)
-                self.anchors = (rank == 0) | ((rank < self.arguments["anchors"]) & (own >= 0.5))
+                score = own * self.matching.probability[rows, self.labels]
+                self.anchors = sure_anchors(own, self.labels, self.arguments["anchors"], score=score)
 
     def _clean_texts(self) -> list[str]:
         a = self.arguments
@@ -718,7 +714,7 @@ class Job:
             "index": self.train_rows,
             "id": self.manifest.column("id")[self.train_rows].tolist(),
             "given": names[given].tolist(),
-            "verdict": [VERDICTS[Verdict(int(v))] for v in verdict],
+            "verdict": [Verdict(int(v)).word for v in verdict],
             "new": [names[n] if n >= 0 else "" for n in self.new_labels],
         }
         for prefix, labels in (("given", given), ("new", best)):
@@ -788,7 +784,7 @@ class Job:
         with self._timed("evaluation", "on the clean labels" if self.has_test else "no clean test labels"):
             table = pq.read_table(self.out / "cleaned.parquet")
             verdicts = np.array(table.column("verdict").to_pylist())
-            metrics: dict[str, Any] = {"counts": {v: int((verdicts == v).sum()) for v in VERDICTS.values()}}
+            metrics: dict[str, Any] = {"counts": {v.word: int((verdicts == v.word).sum()) for v in Verdict}}
             if self.has_test:
                 metrics["test"] = self._test_metrics()
             clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)

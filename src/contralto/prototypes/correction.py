@@ -21,6 +21,11 @@ class Verdict(IntEnum):
     OFF_TOPIC = 2
     ANCHOR = 3
 
+    @property
+    def word(self) -> str:
+        """As it stands in tables: "kept", "corrected", "off-topic", "anchor"."""
+        return self.name.lower().replace("_", "-")
+
 
 class Correction(NamedTuple):
     """Result of `correct_labels`: `labels` (N,) and `verdict` (N,) in the numbers of `Verdict`."""

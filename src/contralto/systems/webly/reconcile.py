@@ -30,12 +30,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
-from contralto.neighbors.matching import match_texts
+from contralto.neighbors.knn import unit_rows
+from contralto.neighbors.matching import match_texts, within_class_rank
 
-__all__ = ["MIN_WORTH", "Reconciled", "names_in_texts", "reconcile", "soft_targets"]
+__all__ = ["MIN_WORTH", "Reconciled", "names_in_texts", "reconcile", "soft_targets", "sure_anchors"]
 
 Array = npt.NDArray[Any]
 
@@ -142,21 +144,22 @@ def reconcile(
         return None
     fold = _deal(texts, classes, folds, seed)
     names = names_in_texts(texts, class_names)
-    fit = _unit(text_features) @ _unit(class_features).T
+    unit_texts = unit_rows(text_features)
+    fit = unit_texts @ unit_rows(class_features).T
     has_text = np.abs(fit).max(1) > 1e-6
     definition = np.log(np.concatenate([matching.probability, np.full((n, 1), 1 / classes)], 1))  # (N, C + 1)
-    web = _log_web(None, labels, classes)
-    p = _softmax(definition + web)
-    p, trust = _settle(p, definition, labels, names, fit, has_text, np.ones_like(p))
-    visual, words = _components(features, _DIMS), _components(_unit(text_features), _TEXT_DIMS)
+    given = np.eye(classes)[labels]
+    p = softmax(definition + _log_web(None, labels, given), axis=1)
+    p, trust = _settle(p, definition, labels, given, names, fit, has_text, np.ones_like(p))
+    visual, words = _components(features, _DIMS), _components(unit_texts, _TEXT_DIMS)
     looks = np.ones_like(p) if predicted is None else _extended(predicted)
     for _ in range(rounds):
         if predicted is None:
             looks = _judge_unseen(visual, p, fold, _L2)
         said = definition + np.log(_judge_unseen(words, looks, fold, _TEXT_L2) + 1e-6)
-        p, trust = _settle(p, said, labels, names, fit, has_text, looks)
+        p, trust = _settle(p, said, labels, given, names, fit, has_text, looks)
     # Four decimals: what lies below differs between machines.
-    posterior = _softmax(0.5 * np.log(p + 1e-12) + np.log(looks + 1e-6)).round(4)
+    posterior = softmax(0.5 * np.log(p + 1e-12) + np.log(looks + 1e-6), axis=1).round(4)
     return Reconciled(
         posterior[:, :classes].astype(np.float32),
         posterior[:, classes].astype(np.float32),
@@ -164,6 +167,34 @@ def reconcile(
         worth,
         trust,
     )
+
+
+def sure_anchors(
+    own: Array, labels: npt.NDArray[np.int64], k: int, *, score: Array | None = None
+) -> npt.NDArray[np.bool_]:
+    """The surest pictures of every class, as anchors.
+
+    Parameters
+    ----------
+    own : array (N,)
+        Posterior of the given label.
+    labels : array (N,)
+    k : int
+        At most so many per class, and none below one half; but always the first.
+    score : array (N,), optional
+        What they are ranked by, in [0, 1]; default: `own`.
+
+    Returns
+    -------
+    array (N,) bool
+
+    Examples
+    --------
+    >>> sure_anchors(np.array([0.9, 0.8, 0.2, 0.3]), np.array([0, 0, 0, 1]), 3).tolist()
+    [True, True, False, True]
+    """
+    rank = within_class_rank(1 - (own if score is None else score), labels)
+    return np.asarray((rank == 0) | ((rank < k) & (own >= 0.5)))
 
 
 def soft_targets(posterior: Array, *, balanced: bool) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
@@ -249,17 +280,17 @@ def _deal(texts: Sequence[str], classes: int, folds: int, seed: int) -> npt.NDAr
 
 
 def _settle(
-    p: Array, said: Array, labels: Array, names: Array, fit: Array, has_text: Array, looks: Array
+    p: Array, said: Array, labels: Array, given: Array, names: Array, fit: Array, has_text: Array, looks: Array
 ) -> tuple[Array, float]:
     """Ten steps of expectation and maximisation: P(class | text, web label) (N, C + 1), and the trust in texts."""
     k, trust = p.shape[1], 0.9
     for _ in range(10):
-        web = _log_web(p, labels, k - 1)
-        text = _softmax(said + _log_prior(p) + _log_names(p, names) + _log_fit(p, fit) * has_text[:, None])
-        agreement = k * (text * _softmax(web + np.log(looks + 1e-6))).sum(1)  # above 1: the others say so too
+        web = _log_web(p, labels, given)
+        text = softmax(said + _log_prior(p) + _log_names(p, names) + _log_fit(p, fit) * has_text[:, None], axis=1)
+        agreement = k * (text * softmax(web + np.log(looks + 1e-6), axis=1)).sum(1)  # above 1: the others say so too
         on_subject = trust * agreement / (trust * agreement + 1 - trust)
         trust = float((on_subject[has_text].sum() + 1) / (has_text.sum() + 2))
-        p = _softmax(np.log(trust * text + (1 - trust) / k) + web)
+        p = softmax(np.log(trust * text + (1 - trust) / k) + web, axis=1)
     return p, trust
 
 
@@ -279,15 +310,15 @@ def _log_names(p: Array, names: Array) -> Array:
     return np.asarray(names @ np.log(chance).T + ~names @ np.log(1 - chance).T)
 
 
-def _log_web(p: Array | None, labels: Array, classes: int) -> Array:
-    """The confusion matrix of the web label, from the posterior or, without one, from the prior alone."""
-    given = np.eye(classes)[labels]
+def _log_web(p: Array | None, labels: Array, given: Array) -> Array:
+    """The confusion matrix of the web label (`given` has it as unit rows), from the posterior or the prior alone."""
+    classes = given.shape[1]
     prior = np.full((classes + 1, classes), (1 - _DIAGONAL) / (classes - 1))
     np.fill_diagonal(prior, _DIAGONAL)
     prior[classes] = given.mean(0)
     chance = _STRENGTH * prior + (0 if p is None else p.T @ given)
     chance /= chance.sum(1, keepdims=True)
-    return np.asarray(np.log(chance[:, labels]).T)
+    return np.asarray(np.log(chance)[:, labels].T)
 
 
 def _log_fit(p: Array, fit: Array) -> Array:
@@ -316,7 +347,7 @@ def _judge_unseen(x: Array, target: Array, fold: Array, l2: float) -> npt.NDArra
         if not judge.any():
             continue
         start = _logistic(x[learn], target[learn], weight[learn], l2, start)
-        out[judge] = _softmax(x[judge] @ start)
+        out[judge] = softmax(x[judge] @ start, axis=1)
     return out
 
 
@@ -356,13 +387,3 @@ def _extended(predicted: Array) -> Array:
     p = np.asarray(predicted, dtype=np.float64)
     p = np.concatenate([p, np.full((len(p), 1), 1 / p.shape[1])], 1)
     return np.asarray(p / p.sum(1, keepdims=True))
-
-
-def _unit(x: Array) -> Array:
-    x = np.asarray(x, dtype=np.float32)
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
-
-
-def _softmax(x: Array) -> npt.NDArray[np.float64]:
-    e = np.exp(x - x.max(1, keepdims=True))
-    return np.asarray(e / e.sum(1, keepdims=True))
