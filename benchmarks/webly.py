@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from contralto.claims.capro import DEVELOPMENT_SEED, shared_manifest
+from contralto.claims.capro import DEVELOPMENT_SEED, right_share, shared_manifest
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.evaluation.classification import accuracy_interval, calibration_error, per_class_accuracy
@@ -253,10 +253,7 @@ def choose_score(job: Arm, probability: np.ndarray) -> float:
 
 
 def hard_classes(name: str, manifest: Manifest) -> np.ndarray:
-    labels, clean = manifest.labels, manifest.column("clean_label").astype(np.int64)
-    train = (manifest.column("split") == "train") & (labels >= 0)
-    count = np.bincount(labels[train], minlength=len(manifest.classes))
-    share = np.bincount(labels[train & (labels == clean)], minlength=len(manifest.classes)) / count
+    share = right_share(manifest)
     return share < 0.5 if name == "web_icons" else np.round(100 * share) <= 75
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "markdown",
     "points",
     "reproduce_capro",
+    "right_share",
     "shared_manifest",
 ]
 
@@ -307,11 +308,16 @@ def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: boo
 
 def ambiguous_classes(manifest: Manifest) -> npt.NDArray[np.bool_]:
     """Classes of which less than two thirds of the web labels are right (C,); for evaluation only."""
+    return np.asarray(right_share(manifest) < 2 / 3)
+
+
+def right_share(manifest: Manifest) -> npt.NDArray[np.float64]:
+    """Share of the web labels of every class that are right (C,), 1 where there are none; for evaluation only."""
     labels, clean = manifest.labels, manifest.column("clean_label").astype(np.int64)
     train = (manifest.column("split") == "train") & (labels >= 0)
     count = np.bincount(labels[train], minlength=len(manifest.classes))
     right = np.bincount(labels[train & (labels == clean)], minlength=len(manifest.classes))
-    return np.asarray(right < 2 / 3 * count)
+    return np.where(count > 0, right / np.maximum(count, 1), 1.0)
 
 
 def markdown(result: dict[str, Any]) -> str:
