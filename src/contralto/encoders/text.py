@@ -6,7 +6,7 @@ sentence-transformers name or folder.
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 
-__all__ = ["SentenceEncoder", "TextEncoder", "TfidfEncoder", "text_encoder"]
+__all__ = ["SentenceEncoder", "TextEncoder", "TfidfEncoder", "encode_distinct", "text_encoder"]
 
 
 class TextEncoder(Protocol):
@@ -68,6 +68,35 @@ def text_encoder(name: str) -> TextEncoder:
 
 
 _WORD = r"(?u)\b[^\W\d_]{2,}\b"  # letters of any script
+
+
+def encode_distinct(
+    texts: Sequence[str], encode: Callable[[list[str]], npt.NDArray[np.float32]]
+) -> npt.NDArray[np.float32]:
+    """Encode texts of which many are the same, each different one once.
+
+    Parameters
+    ----------
+    texts : sequence of str (N,)
+    encode : function
+        Different texts, sorted, to their rows.
+
+    Returns
+    -------
+    array (N, D) float32
+        A blank text is a zero row.
+
+    Examples
+    --------
+    >>> encode_distinct(["b", " ", "b"], lambda different: np.ones((len(different), 1), np.float32)).ravel().tolist()
+    [1.0, 0.0, 1.0]
+    """
+    different = sorted(set(texts))
+    encoded = encode(different)
+    place = {text: i for i, text in enumerate(different)}
+    rows = np.asarray(encoded[[place[text] for text in texts]], dtype=np.float32)
+    rows[[not text.strip() for text in texts]] = 0.0
+    return rows
 
 
 class SentenceEncoder:

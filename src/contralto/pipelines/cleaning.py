@@ -34,6 +34,7 @@ from contralto.data.definitions import ClassText, fill_definitions, load_definit
 from contralto.data.definitions import class_text as text_of_class
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
+from contralto.encoders.text import encode_distinct
 from contralto.encoders.text import text_encoder as make_text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.noise import noise_metrics
@@ -327,16 +328,11 @@ class _Texts:
         all_texts = pictures.manifest.texts
         texts = [all_texts[i] for i in pictures.rows]
         classes = [text_of_class(c, form) for c in pictures.manifest.classes]
-        different = sorted({t for t in texts if t.strip()})  # many pictures share a text; each is encoded once
+        different = sorted({t for t in texts if t.strip()})
         if not different:
             return cls(texts, np.zeros((len(texts), 1), np.float32), np.zeros((len(classes), 1), np.float32))
         encoder = make_text_encoder(name).fit([*different, *classes])
-        encoded, class_rows = encoder.encode(different), encoder.encode(classes)
-        place = {t: i for i, t in enumerate(different)}
-        rows = np.zeros((len(texts), encoded.shape[1]), np.float32)
-        said = [i for i, t in enumerate(texts) if t.strip()]
-        rows[said] = encoded[[place[texts[i]] for i in said]]
-        return cls(texts, rows, class_rows)
+        return cls(texts, encode_distinct(texts, encoder.encode), encoder.encode(classes))
 
 
 # How it is judged.

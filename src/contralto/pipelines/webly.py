@@ -41,7 +41,7 @@ from contralto.data.sources import ByteReader
 from contralto.data.text import clean_texts, drop_even_words, words_of
 from contralto.encoders.features import cached_array, encode_batches
 from contralto.encoders.image import ImageEncoder, image_encoder
-from contralto.encoders.text import text_encoder
+from contralto.encoders.text import encode_distinct, text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import noise_metrics
@@ -549,16 +549,16 @@ class Job:
             encoder = text_encoder(a["text_encoder"])
             classes = [class_text(c, a["class_text"]) for c in self.manifest.classes]
             encoder.fit([*texts, *classes])
-            different = sorted(set(texts))  # many pictures share a text; each is encoded once
-            key = {
-                "encoder": encoder.fingerprint(),
-                "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest(),
-            }
-            encoded = cached_array(self.cache, "text", key, lambda: encoder.encode(different))
-            place = {t: i for i, t in enumerate(different)}
-            own = np.asarray(encoded[[place[t] for t in texts]], dtype=np.float32)
-            own[[not t.strip() for t in texts]] = 0.0
-            rows, class_rows = own, encoder.encode(classes)
+
+            def encode(different: list[str]) -> Array:
+                key = {
+                    "encoder": encoder.fingerprint(),
+                    "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest(),
+                }
+                return cached_array(self.cache, "text", key, lambda: encoder.encode(different))
+
+            own, class_rows = encode_distinct(texts, encode), encoder.encode(classes)
+            rows = own
             if a["enhance"]:
                 index, distance = self.neighbour_graph()
                 graph = adjacency(index, distance, edge=a["edge"])
