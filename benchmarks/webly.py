@@ -15,6 +15,9 @@ accuracy on the *web labels* of a held-out seventh of the training pictures (by 
 fits that label, with seed 100. No clean label is used in training or choosing, but by the ceiling; the test part is looked
 at once, at the end.
 
+`clean --probs` and `clean --embeddings` are the list of `contralto clean` from out-of-fold probabilities (those that cleanlab
+gets) or the features, and plain training on the labels that it hands back.
+
 Share of the gap = (arm - plain) / (ceiling - plain), mean over classes. Intervals: bootstrap over seeds and groups of test
 pictures. Hard classes: at most three quarters (`web_icons`: under half) of the pictures are right. Needs `contralto[bench]`.
 """
@@ -29,6 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contralto.claims.capro import DEVELOPMENT_SEED, right_share, shared_manifest
@@ -37,6 +41,7 @@ from contralto.data.manifest import Manifest
 from contralto.evaluation.classification import accuracy_interval, calibration_error, per_class_accuracy
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import write_atomically
+from contralto.pipelines.cleaning import clean_with_model
 from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
 from contralto.systems.webly.capro import scale_rule
@@ -45,7 +50,10 @@ from contralto.systems.webly.reconcile import names_in_texts
 PAPER = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
 RULE = {"reconcile": False}
 # Arms that train the classifier alone, and what they learn from.
-SIMPLE = ("plain", "clean labels (ceiling)", "cleanlab", "label smoothing", "name in text", "plain on reconciled")
+SIMPLE = (
+    "plain", "clean labels (ceiling)", "cleanlab", "label smoothing", "name in text", "clean --probs", "clean --embeddings",
+    "plain on reconciled",
+)  # fmt: skip
 # Arms that run the job: changes to the `small` preset, and the stage that is tested.
 JOBS = {
     "random anchors": PAPER | {"anchors": -1},
@@ -104,8 +112,6 @@ def manifest_of(name: str, work: Path, *, development: bool) -> Path:
     folder = work / name / ("manifest-development" if development else "manifest")
     if (folder / "manifest.parquet").exists():
         return folder
-    import pyarrow as pa
-
     source = Path(os.environ["CONTRALTO_DATA"]) / "cifar10n"
     train, test = pq.read_table(source / "train.parquet"), pq.read_table(source / "test.parquet")
     rng = np.random.default_rng(0)
@@ -161,6 +167,8 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         if arm == "cleanlab":
             p_wrong, flagged = job.doubt, job.flagged
             new = np.where(flagged, -1, job.labels)
+        if arm.startswith("clean --"):
+            p_wrong, new, flagged = job.doubt, job.judged, job.flagged
         if arm == "plain on reconciled":
             p_wrong = 1 - job.reconciled.posterior[np.arange(len(job.labels)), job.labels]
             flagged, new = p_wrong > 0.5, np.where(p_wrong > 0.5, job.reconciled.posterior.argmax(1), job.labels)
@@ -203,16 +211,8 @@ def prepare(job: Arm, arm: str, clean: np.ndarray) -> None:
     elif arm == "cleanlab":
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_self_confidence_for_each_label
-        from sklearn.decomposition import PCA
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import cross_val_predict
 
-        view = job._views(job.encoder())[0]
-        x = PCA(256, random_state=0).fit_transform(
-            job.features(job.encoder(), job.train_rows, view, 0, "").astype(np.float32)
-        )
-        classifier = LogisticRegression(C=0.01, max_iter=200, class_weight="balanced")
-        unseen = cross_val_predict(classifier, x / x.std(), job.labels, cv=5, method="predict_proba")
+        unseen = unseen_probabilities(job)
         job.flagged = find_label_issues(job.labels, unseen, n_jobs=1)
         job.doubt = 1 - get_self_confidence_for_each_label(job.labels, unseen)
         job.rows = np.flatnonzero(~job.flagged)
@@ -225,10 +225,59 @@ def prepare(job: Arm, arm: str, clean: np.ndarray) -> None:
         keep = names[every, job.labels]
         none_left = np.bincount(job.labels[keep], minlength=job.num_classes) == 0
         job.rows = np.flatnonzero(keep | none_left[job.labels])
+    elif arm.startswith("clean --"):
+        probs = unseen_probabilities(job) if arm == "clean --probs" else None
+        embeddings = eval_features(job) if arm == "clean --embeddings" else None
+        table = clean_list(job, probs=probs, embeddings=embeddings)
+        index = {name: c for c, name in enumerate(job.manifest.class_names)} | {"": -1}
+        job.judged = np.array([index[name] for name in table.column("new").to_pylist()])
+        job.doubt = table.column("p_wrong").to_numpy()
+        job.flagged = np.isin(table.column("verdict").to_pylist(), ["corrected", "off-topic"])
+        job.rows, job.relabelled = np.flatnonzero(job.judged >= 0), np.maximum(job.judged, 0)
     elif arm == "plain on reconciled":
         job.modules["vanilla"] = None
         job.match()
         job._is_reconciled = lambda stage: stage == "plain"  # its draws too
+
+
+def eval_features(job: Arm) -> np.ndarray:
+    encoder = job.encoder()
+    return job.features(encoder, job.train_rows, job._views(encoder)[0], 0, "").astype(np.float32)
+
+
+def unseen_probabilities(job: Arm) -> np.ndarray:
+    """Of a logistic regression that learnt the web labels of the other folds."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+
+    x = PCA(256, random_state=0).fit_transform(eval_features(job))
+    classifier = LogisticRegression(C=0.01, max_iter=200, class_weight="balanced")
+    return cross_val_predict(classifier, x / x.std(), job.labels, cv=5, method="predict_proba")
+
+
+def clean_list(job: Arm, **given) -> pa.Table:
+    """The list of `contralto clean` for the training pictures, from a table that holds no clean labels."""
+    names, texts = job.manifest.class_names, job.manifest.texts
+    rows = [
+        {"image": job.read_bytes(int(i)), "query": names[label], "text": texts[i]}
+        for i, label in zip(job.train_rows, job.labels, strict=True)
+    ]
+    path, seed = job.out / "web.parquet", job.arguments["seed"]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    definitions = job.out / "manifest" / "classes.json"
+    table = clean_with_model(
+        path,
+        job.out / "list",
+        definitions=definitions,
+        blank_share=None,
+        min_side=1,
+        seed=seed,
+        progress=False,
+        **given,
+    )
+    assert table.column("given").to_pylist() == [names[label] for label in job.labels]
+    return table
 
 
 def choose_score(job: Arm, probability: np.ndarray) -> float:

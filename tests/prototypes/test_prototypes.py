@@ -87,7 +87,7 @@ def test_probability_of_being_wrong_is_monotone_in_the_score_and_finds_two_group
     wrong = rng.random(500) < 0.3
     given = np.where(wrong, rng.beta(2, 8, 500), rng.beta(8, 2, 500))
     p = probability_wrong(given)
-    assert (np.diff(p[np.argsort(given)]) <= 1e-12).all()
+    assert (np.diff(p[np.argsort(given)]) < 0).all()  # a list sorted by it has no ties that the score has not
     assert p[wrong].mean() > 0.75
     assert p[~wrong].mean() < 0.25
     assert probability_wrong([0.5] * 4).tolist() == [0.5] * 4

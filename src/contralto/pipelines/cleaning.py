@@ -194,11 +194,11 @@ def clean_with_model(
         )
     texts = _Texts.encoded(pictures, text_encoder, class_text)
     count = scale_rule(len(pictures.rows), len(names))["anchors"] if anchors is None else anchors
-    judged = _judge(pictures, texts, given_probs, features, count, alpha, neighbours, seed)
+    matching = _matching(texts, features, pictures.labels, neighbours, kept_neighbours)
+    judged = _judge(pictures, texts, matching, given_probs, features, count, alpha, neighbours, seed)
     if judged.off_topic is None:
         console.print("the texts say too little about the labels and are left out")
     verdict, new = _verdicts(judged, pictures.labels, threshold, keep_threshold)
-    matching = _matching(texts, features, pictures.labels, neighbours, kept_neighbours)
     table = _table(pictures, judged, matching, verdict, new)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "cleaned.parquet", lambda path: pq.write_table(table, path))
@@ -353,6 +353,7 @@ class _Judged:
 def _judge(
     pictures: _Pictures,
     texts: _Texts,
+    matching: Matching,
     probs: Array | None,
     features: Array | None,
     count: int,
@@ -367,18 +368,18 @@ def _judge(
     )
     if found is None:
         return _judge_without_texts(pictures, probs, features, count, alpha, neighbours)
-    return _judge_with_texts(pictures, found, features, count, neighbours)
+    return _judge_with_texts(pictures, found, matching, features, count, neighbours)
 
 
 def _judge_with_texts(
-    pictures: _Pictures, found: Reconciled, features: Array | None, count: int, neighbours: int
+    pictures: _Pictures, found: Reconciled, matching: Matching, features: Array | None, count: int, neighbours: int
 ) -> _Judged:
     labels, n = pictures.labels, np.arange(len(pictures.labels))
     classifier = found.looks.astype(np.float64)
     opinions = {"classifier": classifier / classifier.sum(1, keepdims=True)}
     posterior = np.concatenate([found.posterior, found.off_topic[:, None]], 1).astype(np.float64)
     own = posterior[n, labels]
-    anchors = sure_anchors(own, labels, count)
+    anchors = sure_anchors(own, labels, count, score=own * matching.probability[n, labels])
     if features is None:
         return _Judged(opinions, posterior[:, :-1], anchors, 1 - own, posterior[:, -1])
     similarity = _prototype_similarity(features, labels, anchors, found.posterior.shape[1])
@@ -403,7 +404,7 @@ def _judge_without_texts(
     if features is None:
         assert probs is not None
         rank = within_class_rank(-probs[n, labels], labels)
-        return _Judged(opinions, probs, rank < count, _p_wrong(probs[n, labels]))
+        return _Judged(opinions, probs, rank < count, probability_wrong(probs[n, labels]))
     centres = _prototype_similarity(features, labels, np.ones(len(labels), bool), classes)
     anchors = within_class_rank(-centres[n, labels], labels) < count
     similarity = _prototype_similarity(features, labels, anchors, classes)
@@ -411,7 +412,7 @@ def _judge_without_texts(
     opinions["neighbours"] = _vote(features, np.eye(classes)[labels], pictures, neighbours)
     first = opinions["neighbours" if probs is None else "classifier"]
     fused = alpha * first + (1 - alpha) * opinions["prototype"]
-    return _Judged(opinions, fused, anchors, _p_wrong(fused[n, labels]), None, similarity)
+    return _Judged(opinions, fused, anchors, probability_wrong(fused[n, labels]), None, similarity)
 
 
 def _prototype_similarity(features: Array, labels: Array, members: Array, classes: int) -> npt.NDArray[np.float32]:
@@ -440,11 +441,6 @@ def _vote(features: Array, known: Array, pictures: _Pictures, k: int) -> npt.NDA
         out += weight[:, j, None] * known[index[:, j]]
     total = weight.sum(1, keepdims=True)
     return np.asarray(np.where(total > 1e-9, out / np.maximum(total, 1e-9), known.mean(0)))
-
-
-def _p_wrong(given: Array) -> Array:
-    """`probability_wrong`, whose plateaus, which would leave the list without an order, are tilted a little."""
-    return np.asarray(0.999 * probability_wrong(given) + 0.001 * (1 - given))
 
 
 def _verdicts(judged: _Judged, labels: Array, threshold: float, keep_threshold: float) -> tuple[Array, Array]:

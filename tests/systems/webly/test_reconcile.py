@@ -72,19 +72,6 @@ def test_texts_that_say_nothing_are_no_witness():
     assert run((truth, outside, web, looks, [""] * len(web), np.zeros_like(text))) is None
 
 
-def test_a_classifier_of_ones_own_takes_the_place_of_the_looks():
-    data = planted(texts_off=0.3)
-    truth, outside = data[:2]
-    blind = (data[0], data[1], data[2], np.zeros_like(data[3]), data[4], data[5])
-    own = np.full((len(truth), 4), 0.05)
-    own[np.arange(len(truth)), truth] = 0.85
-    without, found = run(blind), run(blind, predicted=own)
-    inside = ~outside
-    right = [(f.posterior.argmax(1) == truth)[inside].mean() for f in (without, found)]
-    assert right[1] > right[0]
-    np.testing.assert_allclose(found.looks / found.looks.sum(1, keepdims=True), own, atol=1e-3)
-
-
 def test_the_same_input_gives_the_same_posterior_and_order_of_classes_does_not_matter():
     data = planted()
     first, second = run(data), run(data)

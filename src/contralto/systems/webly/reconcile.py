@@ -85,7 +85,6 @@ def reconcile(
     class_names: Sequence[str],
     labels: npt.NDArray[np.int64],
     *,
-    predicted: Array | None = None,
     rounds: int = 3,
     folds: int = 5,
     seed: int = 0,
@@ -105,9 +104,6 @@ def reconcile(
     class_names : sequence of str (C,)
     labels : array (N,)
         Given labels in [0, C).
-    predicted : array (N, C), optional
-        Probabilities of a visual classifier of your own for pictures that it was not trained on. They replace *looks*, which
-        then is not trained.
     rounds, folds, seed : int
         Rounds, folds of the looks and words, and the seed that deals pictures to folds.
 
@@ -152,10 +148,9 @@ def reconcile(
     p = softmax(definition + _log_web(None, labels, given), axis=1)
     p, trust = _settle(p, definition, labels, given, names, fit, has_text, np.ones_like(p))
     visual, words = _components(features, _DIMS), _components(unit_texts, _TEXT_DIMS)
-    looks = np.ones_like(p) if predicted is None else _extended(predicted)
+    looks = np.ones_like(p)
     for _ in range(rounds):
-        if predicted is None:
-            looks = _judge_unseen(visual, p, fold, _L2)
+        looks = _judge_unseen(visual, p, fold, _L2)
         said = definition + np.log(_judge_unseen(words, looks, fold, _TEXT_L2) + 1e-6)
         p, trust = _settle(p, said, labels, given, names, fit, has_text, looks)
     # Four decimals: what lies below differs between machines.
@@ -380,10 +375,3 @@ def _components(x: Array, dims: int) -> npt.NDArray[np.float64]:
     parts = PCA(min(dims, *x.shape), svd_solver="covariance_eigh" if len(x) >= x.shape[1] else "full").fit_transform(x)
     parts /= max(float(parts.std()), 1e-12)
     return np.concatenate([parts, np.ones((len(x), 1))], 1)
-
-
-def _extended(predicted: Array) -> Array:
-    """Probabilities of somebody else's classifier, with an off-topic column that favours nothing."""
-    p = np.asarray(predicted, dtype=np.float64)
-    p = np.concatenate([p, np.full((len(p), 1), 1 / p.shape[1])], 1)
-    return np.asarray(p / p.sum(1, keepdims=True))
