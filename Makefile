@@ -55,7 +55,7 @@ lock: .venv/test.stamp
 
 .venv-lowest/test.stamp: requirements/lowest.txt pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements/lowest.txt
+	.venv-lowest/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/lowest.txt
 	.venv-lowest/bin/pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 

@@ -154,7 +154,7 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), width_ratios=[3, 2], layout="constrained")
-    colours = plt.get_cmap("tab10").colors
+    colours = [*plt.get_cmap("tab10").colors, (0.25, 0.25, 0.25)]
     labels = [f"{r['n']:,}" for r in rows]
     bottom = np.zeros(len(rows))
     for stage, colour in zip(STAGES, colours, strict=True):

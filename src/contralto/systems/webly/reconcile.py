@@ -49,7 +49,7 @@ _STRAY = 0.03  # prior belief that a text names a class that it is not about
 _STRENGTH = 20.0  # the priors weigh as much as so many pictures per class
 _OFF_TOPIC = 0.1  # prior share of off-topic pictures; weighs as much as all the data
 _DIMS, _TEXT_DIMS = 256, 128
-_L2, _TEXT_L2 = 1e-3, 1e-4
+_L2, _TEXT_L2 = 3e-2, 1e-4
 
 
 @dataclass(frozen=True)
