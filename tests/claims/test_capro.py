@@ -1,5 +1,6 @@
 """The machinery of the claim on its smallest form; the figures are kept under results/."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_wrong_data_are_named(tmp_path, monkeypatch):
 def test_the_table_of_the_readme_is_the_kept_result():
     readme = (RESULT.parents[2] / "README.md").read_text()
     assert capro.markdown(json.loads(RESULT.read_text())) in readme
+
+
+def test_the_tables_of_the_comparison_are_the_kept_results(monkeypatch):
+    root = RESULT.parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    results = json.loads((root / "results" / "webly.json").read_text())["results"]
+    tables = importlib.import_module("webly").markdown(results)
+    assert tables.count("| capro |") == len(results) > 0
+    assert tables.strip() in (root / "docs" / "noisy_labels.md").read_text()
 
 
 def test_the_kept_result_is_whole_and_its_verdicts_follow_the_rule():
