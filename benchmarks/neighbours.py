@@ -8,6 +8,8 @@ size and kind of search, so that peak memory is its own. Up to 100,000 the exact
 queries are, and the time of all is scaled from them (`scaled`). Recall is the share of the 20 exact neighbours of 1,000
 rows that the index finds too. A million is extrapolated by the growth between the two largest sizes.
 
+What stands in the file already is not measured again: delete it to start afresh.
+
 With CONTRALTO_DATA, recall is also measured on features of real photographs: the frozen Lite0 on tiny_imagenet100.
 """
 
@@ -151,14 +153,19 @@ def at_a_million(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def main(out: Path, sizes: list[int]) -> None:
-    rows = [in_a_process(n, search) for n in sizes for search in ("exact", "ivf")]
-    result = {
+    result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
+    result |= {
         "command": "python benchmarks/neighbours.py", "dim": DIM, "classes": CLASSES, "environment": environment(),
-        "rows": rows, "million": at_a_million(rows),
     }  # fmt: skip
-    if "CONTRALTO_DATA" in os.environ:
+    for n, search in ((n, search) for n in sizes for search in ("exact", "ivf")):
+        if any((r["n"], r["search"]) == (n, search) for r in result["rows"]):
+            continue  # measured before
+        result["rows"].append(in_a_process(n, search))
+        result["million"] = at_a_million(result["rows"])
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if "photographs" not in result and "CONTRALTO_DATA" in os.environ:
         result["photographs"] = on_photographs(Path(os.environ["CONTRALTO_DATA"]))
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
