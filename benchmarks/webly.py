@@ -77,6 +77,7 @@ ABLATIONS = {
     "clean --embeddings": "plain",
 }
 FEW_SEEDS = 3
+EARLY = {"capro": ("vanilla stage", "not fine-tuned"), "capro+reconcile": ("not fine-tuned",)}  # rows of earlier stages
 GRID = (0.001, 0.003)
 RATES = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
 SMALL_NETWORK = {
@@ -189,10 +190,7 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         job.train("capro")
         table = job.clean()
         for early, before in (("vanilla stage", "vanilla"), ("not fine-tuned", "capro")):
-            probability = job.predict_rows(before, job.encoder(), job.test_rows)
-            found[early] = {
-                "predicted": probability.argmax(1).tolist(), "confidence": probability.max(1).round(4).tolist(),
-            }  # fmt: skip
+            found[early] = answers(job.predict_rows(before, job.encoder(), job.test_rows))
         job.train("finetune")
         stage = "finetune"
         p_wrong, new = table.column("p_wrong").to_numpy(), job.new_labels
@@ -200,8 +198,7 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
     found["list"] = noise_metrics(job.labels, clean, new, flagged, p_wrong)
     probability = job.predict_rows(stage, job.encoder(), job.test_rows)
-    found["predicted"] = probability.argmax(1).tolist()
-    found["confidence"] = probability.max(1).round(4).tolist()
+    found |= answers(probability)
     if development:
         found["choice"] = choose_score(job, probability)
     shutil.rmtree(folder)
@@ -211,6 +208,10 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
     write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
     print(f"{name}, {network}: {arm}, rate {rate}, seed {seed}: {found['seconds']:.0f} s", flush=True)
     return found
+
+
+def answers(probability: np.ndarray) -> dict[str, list]:
+    return {"predicted": probability.argmax(1).tolist(), "confidence": probability.max(1).round(4).tolist()}
 
 
 def prepare(job: Arm, arm: str, clean: np.ndarray) -> None:
@@ -475,11 +476,10 @@ def main() -> None:
             by_arm = {}
             for arm in arms:
                 by_arm[arm] = [f for f, t in zip(found, tasks, strict=True) if t[2] == arm]
-                early = ("vanilla stage", "not fine-tuned") if arm == "capro" else ("not fine-tuned",)
-                for name_of_stage in early if arm in ("capro", "capro+reconcile") else ():
-                    if all(name_of_stage in f for f in by_arm[arm]):
-                        row = f"{arm}, {name_of_stage}"
-                        by_arm[row], rates[row] = [f | f[name_of_stage] for f in by_arm[arm]], rates[arm]
+                for early in EARLY.get(arm, ()):
+                    if all(early in f for f in by_arm[arm]):
+                        row = f"{arm}, {early}"
+                        by_arm[row], rates[row] = [f | f[early] for f in by_arm[arm]], rates[arm]
             results[f"{name}, {network}"] = summarise(name, network, by_arm, rates, a.work)
             told = {
                 "command": "python benchmarks/webly.py" + (" --full" if a.full else ""),
