@@ -154,17 +154,17 @@ def at_a_million(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 def main(out: Path, sizes: list[int]) -> None:
     result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
-    result |= {
-        "command": "python benchmarks/neighbours.py", "dim": DIM, "classes": CLASSES, "environment": environment(),
-    }  # fmt: skip
+    result |= {"command": "python benchmarks/neighbours.py", "dim": DIM, "classes": CLASSES}
     for n, search in ((n, search) for n in sizes for search in ("exact", "ivf")):
         if any((r["n"], r["search"]) == (n, search) for r in result["rows"]):
             continue  # measured before
-        result["rows"].append(in_a_process(n, search))
+        result["rows"].append(in_a_process(n, search) | {"environment": environment()})
         result["million"] = at_a_million(result["rows"])
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if "photographs" not in result and "CONTRALTO_DATA" in os.environ:
-        result["photographs"] = on_photographs(Path(os.environ["CONTRALTO_DATA"]))
+        result["photographs"] = {
+            "rows": on_photographs(Path(os.environ["CONTRALTO_DATA"])), "environment": environment(),
+        }  # fmt: skip
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -143,6 +143,7 @@ def one_size(n: int, data: Path, work: Path) -> dict[str, object]:
             k: round(sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 1e6) for k, f in folders.items()
         },
         "accuracy": {k: round(metrics["test"][k]["accuracy"], 4) for k in ("plain", "capro")},
+        "environment": environment(),
     }
 
 
@@ -199,12 +200,7 @@ def main(sizes: list[int], out: Path, picture: Path, work: Path) -> None:
             row = one_size(n, Path(os.environ["CONTRALTO_DATA"]), work)
             print(json.dumps(row), flush=True)
             rows = sorted([*rows, row], key=lambda r: r["n"])
-            result = {
-                "command": "python benchmarks/scale.py",
-                "preset": "small",
-                "environment": environment(),
-                "rows": rows,
-            }
+            result = {"command": "python benchmarks/scale.py", "preset": "small", "rows": rows}
             text = json.dumps(result, indent=1) + "\n"
             write_atomically(out, lambda part, text=text: part.write_text(text, encoding="utf-8"))
     if rows:

@@ -47,6 +47,7 @@ from contralto.files import write_atomically
 from contralto.pipelines.cleaning import clean_with_model
 from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
+from contralto.prototypes.correction import flagged
 from contralto.systems.webly.capro import scale_rule
 from contralto.systems.webly.reconcile import names_in_texts
 
@@ -175,15 +176,15 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         job.train("plain")
         stage = "plain"
         own = job.predict_rows("plain", job.encoder(), job.train_rows)[np.arange(len(job.labels)), job.labels]
-        p_wrong, new, flagged = 1 - own, job.labels, own < 0
+        p_wrong, new, marked = 1 - own, job.labels, own < 0
         if arm == "cleanlab":
-            p_wrong, flagged = job.doubt, job.flagged
-            new = np.where(flagged, -1, job.labels)
+            p_wrong, marked = job.doubt, job.flagged
+            new = np.where(marked, -1, job.labels)
         if arm.startswith("clean --"):
-            p_wrong, new, flagged = job.doubt, job.judged, job.flagged
+            p_wrong, new, marked = job.doubt, job.judged, job.flagged
         if arm == "plain on reconciled":
             p_wrong = 1 - job.reconciled.posterior[np.arange(len(job.labels)), job.labels]
-            flagged, new = p_wrong > 0.5, np.where(p_wrong > 0.5, job.reconciled.posterior.argmax(1), job.labels)
+            marked, new = p_wrong > 0.5, np.where(p_wrong > 0.5, job.reconciled.posterior.argmax(1), job.labels)
     else:
         job.train("vanilla")
         job.match()
@@ -194,9 +195,9 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         job.train("finetune")
         stage = "finetune"
         p_wrong, new = table.column("p_wrong").to_numpy(), job.new_labels
-        flagged = np.isin(table.column("verdict").to_pylist(), ["corrected", "off-topic"])
+        marked = flagged(table.column("verdict").to_pylist())
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
-    found["list"] = noise_metrics(job.labels, clean, new, flagged, p_wrong)
+    found["list"] = noise_metrics(job.labels, clean, new, marked, p_wrong)
     probability = job.predict_rows(stage, job.encoder(), job.test_rows)
     found |= answers(probability)
     if development:
@@ -244,7 +245,7 @@ def prepare(job: Arm, arm: str, clean: np.ndarray) -> None:
         index = {name: c for c, name in enumerate(job.manifest.class_names)} | {"": -1}
         job.judged = np.array([index[name] for name in table.column("new").to_pylist()])
         job.doubt = table.column("p_wrong").to_numpy()
-        job.flagged = np.isin(table.column("verdict").to_pylist(), ["corrected", "off-topic"])
+        job.flagged = flagged(table.column("verdict").to_pylist())
         job.rows, job.relabelled = np.flatnonzero(job.judged >= 0), np.maximum(job.judged, 0)
     elif arm == "plain on reconciled":
         job.modules["vanilla"] = None
@@ -367,7 +368,9 @@ def summarise(name: str, network: str, arms: dict, rates: dict, work: Path) -> d
             row["anchor_precision"] = float(np.mean([f["anchors"] for f in found]))
         out[arm] = row
     named = [n for n, h in zip(manifest.class_names, hard, strict=True) if h]
-    return {"network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out}
+    return {
+        "network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out, "environment": environment()
+    }  # fmt: skip
 
 
 def arms_of(name: str, network: str) -> list[str]:
@@ -441,7 +444,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     a = parser.parse_args()
     networks = [*a.networks, *(["fine-tuned"] if a.full else [])]
-    started = time.perf_counter()
     kept = a.out / "webly.json"
     results = json.loads(kept.read_text(encoding="utf-8"))["results"] if kept.exists() else {}  # of other sets
     with ProcessPoolExecutor(a.processes) as pool:
@@ -484,7 +486,7 @@ def main() -> None:
             told = {
                 "command": "python benchmarks/webly.py" + (" --full" if a.full else ""),
                 "grid": GRID, "choice": "web labels of held-out training pictures weighted by text, seed 100",
-                "minutes": round((time.perf_counter() - started) / 60, 1), "environment": environment(), "results": results,
+                "results": results,
             }  # fmt: skip
             text = json.dumps(told, indent=1, default=float) + "\n"
             a.out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from contralto.encoders.features import cached_array, encode_batches
+from contralto.encoders.features import _folded, cached_array, encode_batches
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import freeze, image_encoder, save_encoder, unfreeze
 from contralto.encoders.text import text_encoder
@@ -129,3 +129,38 @@ def test_encoding_in_batches_equals_encoding_at_once():
     with torch.inference_mode():
         expected = encoder(x).numpy()
     np.testing.assert_allclose(encode_batches(encoder, x.split(2)), expected, atol=2e-3)
+
+
+class NormFirst(nn.Module):
+    """Names its convolution before the norm and calls it after."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv(self.norm(x)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "folds"),
+    [
+        (image_encoder("resnet8"), True),
+        (image_encoder("efficientnet-lite0", pretrained=False, size=64), True),
+        (image_encoder("vit_tiny_patch16_224", pretrained=False), True),  # has no batch norm
+        (NormFirst(), False),
+    ],
+    ids=["resnet8", "lite0", "vit", "norm first"],
+)
+def test_norms_are_folded_into_convolutions_only_where_that_changes_nothing(encoder, folds):
+    generator = torch.Generator().manual_seed(0)
+    for norm in [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d)]:
+        for value in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    x = torch.randn(3, 3, getattr(encoder, "size", 8), getattr(encoder, "size", 8), generator=generator)
+    with torch.inference_mode():
+        expected = encoder.eval()(x)
+        folded = _folded(encoder, x[:2])
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert folds != any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert (folded is encoder) != folds

@@ -43,6 +43,7 @@ from contralto.evaluation.noise import noise_metrics
 from contralto.files import write_atomically
 from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
+from contralto.prototypes.correction import flagged
 from contralto.systems.webly.capro import Stage, scale_rule
 
 __all__ = [
@@ -244,9 +245,8 @@ def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, 
         table = job.clean()
         job.train("finetune")
         clean = manifest.column("clean_label")[job.train_rows].astype(np.int64)
-        flagged = np.isin(table.column("verdict").to_pylist(), ["corrected", "off-topic"])
-        p_wrong = table.column("p_wrong").to_numpy()
-        found["noise"] = noise_metrics(job.labels, clean, job.new_labels, flagged, p_wrong)
+        marked, p_wrong = flagged(table.column("verdict").to_pylist()), table.column("p_wrong").to_numpy()
+        found["noise"] = noise_metrics(job.labels, clean, job.new_labels, marked, p_wrong)
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
     found["predicted"] = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1).tolist()
     shutil.rmtree(folder / "stages")

@@ -45,7 +45,7 @@ from contralto.neighbors.matching import Matching, class_probabilities, match_te
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import write_cleaned_csv
 from contralto.prototypes.bank import class_means
-from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
+from contralto.prototypes.correction import Verdict, correct_labels, flagged, probability_wrong
 from contralto.systems.webly.capro import scale_rule
 from contralto.systems.webly.reconcile import Reconciled, reconcile, sure_anchors
 
@@ -524,14 +524,13 @@ def _metrics(
     clean = pictures.manifest.column("clean_label")[pictures.rows].astype(np.int64)
     if (clean == -2).all():
         return metrics
-    given, n = pictures.labels, np.arange(len(pictures.labels))
-    flagged = np.isin(verdicts, ["corrected", "off-topic"])
-    metrics["noise"] = noise_metrics(given, clean, new, flagged, judged.p_wrong)
+    given, n, marked = pictures.labels, np.arange(len(pictures.labels)), flagged(verdicts)
+    metrics["noise"] = noise_metrics(given, clean, new, marked, judged.p_wrong)
     known = judged.anchors & (clean != -2)
     metrics["anchors"] = {"count": int(judged.anchors.sum()), "precision": float((given == clean)[known].mean())}
     witnesses = {"text": matching.probability} | ({} if probs is None else {"probs as given": probs}) | judged.opinions
     metrics["alone"] = {
-        name: noise_metrics(given, clean, given, flagged, 1 - p[n, given])["average_precision"]
+        name: noise_metrics(given, clean, given, marked, 1 - p[n, given])["average_precision"]
         for name, p in witnesses.items()
     }
     return metrics

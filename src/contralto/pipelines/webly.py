@@ -50,7 +50,7 @@ from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
 from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
-from contralto.prototypes.correction import Verdict, correct_labels, probability_wrong
+from contralto.prototypes.correction import Verdict, correct_labels, flagged, probability_wrong
 from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
 from contralto.systems.webly.model import WebClassifier
 from contralto.systems.webly.reconcile import MIN_WORTH, Reconciled, reconcile, soft_targets, sure_anchors
@@ -170,8 +170,8 @@ def fit_capro(
         K per class; negative = random ones; None = by `scale_rule`.
     reconcile : bool
         Extension: weigh web label, text and looks against each other (`contralto.systems.webly.reconcile`). The posterior
-        judges the labels in place of the rule of CAPro 5.6, chooses the anchors, and is learnt from as soft labels. Texts that
-        say nothing about the labels are left out of it, and the rule of the paper holds.
+        judges the labels in place of the rule of CAPro 5.6, chooses the anchors, and is learnt from as soft labels. The rule
+        judges them where the texts say nothing about the labels.
     batch_size : int
     class_balanced : bool
         Extension: draw all classes equally often, in every stage and in the baseline.
@@ -599,7 +599,7 @@ class Job:
             if stored.shape[1] == 1:
                 self.console.print(
                     f"  the texts tell less than {MIN_WORTH:.0%} of the labels: nothing to reconcile them with; the rule "
-                    f"of the paper holds",
+                    f"of CAPro 5.6 judges them",
                     soft_wrap=True,
                 )
                 return
@@ -783,15 +783,14 @@ class Job:
         """Compare with plain training on the clean test part, judge the noise list and the anchors; write `metrics.json`."""
         with self._timed("evaluation", "on the clean labels" if self.has_test else "no clean test labels"):
             table = pq.read_table(self.out / "cleaned.parquet")
-            verdicts = np.array(table.column("verdict").to_pylist())
-            metrics: dict[str, Any] = {"counts": {v.word: int((verdicts == v.word).sum()) for v in Verdict}}
+            verdicts = table.column("verdict").to_pylist()
+            metrics: dict[str, Any] = {"counts": {v.word: verdicts.count(v.word) for v in Verdict}}
             if self.has_test:
                 metrics["test"] = self._test_metrics()
             clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
             if (clean != -2).any():
-                flagged = np.isin(verdicts, ["corrected", "off-topic"])
                 metrics["noise"] = noise_metrics(
-                    self.labels, clean, self.new_labels, flagged, table.column("p_wrong").to_numpy()
+                    self.labels, clean, self.new_labels, flagged(verdicts), table.column("p_wrong").to_numpy()
                 )
                 right = (self.labels == clean)[self.anchors & (clean != -2)]
                 metrics["anchors"] = {"count": int(self.anchors.sum()), "precision": float(right.mean())}

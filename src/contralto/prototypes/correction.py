@@ -1,5 +1,6 @@
 """Label correction: one rule engine. The order of the rules is part of the method; anchors override all."""
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from contralto.errors import UsageError
 
-__all__ = ["Correction", "Verdict", "correct_labels", "probability_wrong"]
+__all__ = ["Correction", "Verdict", "correct_labels", "flagged", "probability_wrong"]
 
 
 class Verdict(IntEnum):
@@ -25,6 +26,17 @@ class Verdict(IntEnum):
     def word(self) -> str:
         """As it stands in tables: "kept", "corrected", "off-topic", "anchor"."""
         return self.name.lower().replace("_", "-")
+
+
+def flagged(words: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which verdicts, as they stand in tables, say that the given label is wrong.
+
+    Examples
+    --------
+    >>> flagged(["kept", "corrected", "off-topic", "anchor"]).tolist()
+    [False, True, True, False]
+    """
+    return np.isin(words, [Verdict.CORRECTED.word, Verdict.OFF_TOPIC.word])
 
 
 class Correction(NamedTuple):
