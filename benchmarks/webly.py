@@ -48,7 +48,7 @@ from contralto.pipelines.cleaning import clean_with_model
 from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
 from contralto.prototypes.correction import flagged
-from contralto.systems.webly.capro import scale_rule
+from contralto.systems.webly.base import scale_rule
 from contralto.systems.webly.reconcile import names_in_texts
 
 PAPER = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}

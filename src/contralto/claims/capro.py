@@ -44,7 +44,8 @@ from contralto.files import write_atomically
 from contralto.pipelines.outputs import environment
 from contralto.pipelines.webly import Job, load_preset
 from contralto.prototypes.correction import flagged
-from contralto.systems.webly.capro import Stage, scale_rule
+from contralto.systems.webly.base import scale_rule
+from contralto.systems.webly.capro import Stage
 
 __all__ = [
     "ARMS",

@@ -46,7 +46,7 @@ from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import write_cleaned_csv
 from contralto.prototypes.bank import class_means
 from contralto.prototypes.correction import Verdict, correct_labels, flagged, probability_wrong
-from contralto.systems.webly.capro import scale_rule
+from contralto.systems.webly.base import scale_rule
 from contralto.systems.webly.reconcile import Reconciled, reconcile, sure_anchors
 
 __all__ = ["clean_with_model"]

@@ -51,7 +51,8 @@ from contralto.neighbors.matching import Match, Matching, match_texts, select_an
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Verdict, correct_labels, flagged, probability_wrong
-from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, scale_rule, stage_epochs
+from contralto.systems.webly.base import scale_rule
+from contralto.systems.webly.capro import EXTENSIONS, CAPro, Stage, stage_epochs
 from contralto.systems.webly.model import WebClassifier
 from contralto.systems.webly.reconcile import MIN_WORTH, Reconciled, reconcile, soft_targets, sure_anchors
 from contralto.training.fit import fit_stage

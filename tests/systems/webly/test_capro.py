@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
-from contralto.systems.webly.capro import CAPro, bootstrapping_target, lr_factor, stage_epochs
+from contralto.systems.webly.base import lr_factor
+from contralto.systems.webly.capro import CAPro, bootstrapping_target, stage_epochs
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "capro_step.npz", allow_pickle=False)
 CASES = ("web_noclean", "web_clean", "web_weights")
@@ -267,11 +268,11 @@ def test_alpha_switches_classifier_or_prototypes_off(alpha, moves):
     system, batch = small(alpha=alpha), random_batch()
     v = system.encoder(batch["views"][0])
     z = system.projector(v)
-    before = system._fused_scores(system.classifier(v), z, torch.zeros(5, 4), None)
+    before = system.fused_scores(system.classifier(v), z, torch.zeros(5, 4), None)
     if moves == "prototypes":
-        after = system._fused_scores(system.classifier(v), z, torch.randn(5, 4), None)
+        after = system.fused_scores(system.classifier(v), z, torch.randn(5, 4), None)
     else:
-        after = system._fused_scores(torch.randn(8, 5), z, torch.zeros(5, 4), None)
+        after = system.fused_scores(torch.randn(8, 5), z, torch.zeros(5, 4), None)
     torch.testing.assert_close(before, after)
 
 

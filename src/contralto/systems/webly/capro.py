@@ -29,27 +29,24 @@ constant); text edges are similarities by default (there, distances). Arguments 
 default and listed in `EXTENSIONS`.
 """
 
-import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
 from contralto.distributed import gather_rows, mean_weight, world_size
-from contralto.encoders.heads import mlp
-from contralto.encoders.image import freeze, unfreeze
+from contralto.encoders.image import freeze
 from contralto.errors import UsageError
 from contralto.losses.contrast import contrast, soft_cross_entropy
-from contralto.memory.momentum import momentum_copy, momentum_update
-from contralto.memory.queue import Queue
-from contralto.prototypes.bank import class_means, ema_update, prototype_logits
+from contralto.memory.momentum import momentum_update
+from contralto.prototypes.bank import ema_update, prototype_logits
 from contralto.prototypes.correction import Correction, correct_labels
+from contralto.systems.webly.base import WeblySystem, instance_contrast, label_loss, lr_factor
 
-__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target", "lr_factor", "scale_rule", "stage_epochs"]
+__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target", "stage_epochs"]
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
 
@@ -57,7 +54,7 @@ EXTENSIONS = ("text_weight", "keep_threshold", "class_balanced", "reconcile")
 """Arguments that go beyond the paper; off by default."""
 
 
-class CAPro(LightningModule):
+class CAPro(WeblySystem):
     """The network of CAPro and one training step of each of its stages.
 
     Parameters
@@ -131,7 +128,7 @@ class CAPro(LightningModule):
     ['loss', 'loss_aux', 'loss_cls', 'loss_ins', 'loss_recn']
     """
 
-    prototypes: Tensor
+    stages = ("plain", "vanilla", "capro", "finetune")
 
     def __init__(
         self,
@@ -173,25 +170,11 @@ class CAPro(LightningModule):
         seed: int = 1024,
     ) -> None:
         super().__init__()
-        if momentum_prototype is None or queue_size is None:
-            raise UsageError(
-                "momentum_prototype and queue_size must be numbers here: scale_rule gives them from the data"
-            )
-        _check(stage, num_classes, threshold, alpha, beta, text_weight, temperature, label_reference)
+        if momentum_prototype is None:
+            raise UsageError("momentum_prototype must be a number here: scale_rule gives it from the data")
+        _check(threshold, alpha, beta, text_weight, temperature, label_reference)
         self.save_hyperparameters(ignore=["encoder"])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.encoder = encoder
-            self.momentum_encoder = momentum_copy(encoder)
-            self.projector = mlp([num_features, hidden, dim], normalize=True)
-            self.reconstructor = mlp([dim, hidden, num_features])
-            self.classifier = nn.Linear(num_features, num_classes, bias=False)
-            self.auxiliary = nn.Linear(dim, num_classes, bias=False)
-        self.queue = Queue(queue_size, dim, seed=seed)
-        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
-        self._parts: list[dict[str, Tensor]] = []
-        # Set by the training job: yields the views and labels of the anchors, for 4.5.
-        self.anchor_batches: Any = None
+        self.build(encoder, num_classes, num_features, stage, queue_size)
 
     # One training step, in the order of the method.
 
@@ -216,7 +199,7 @@ class CAPro(LightningModule):
         if h.stage == "plain":
             logits = self.classifier(self.encoder(batch["views"][0]))
             rows = mean_weight(batch["label"].new_tensor(len(logits)))  # the last batch of an epoch may be uneven
-            loss = rows * (batch["weight"] * _label_loss(logits, batch["label"], batch.get("target"))).mean()
+            loss = rows * (batch["weight"] * label_loss(logits, batch["label"], batch.get("target"))).mean()
             return {"loss": loss, "loss_cls": loss}
         label, weight = batch["label"], batch["weight"]
         prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch
@@ -244,7 +227,7 @@ class CAPro(LightningModule):
         # 7. Noise removal and label correction.
         fused = posterior
         if fused is None:
-            fused = self._fused_scores(logits, z, prototypes, batch.get("text_scores"))
+            fused = self.fused_scores(logits, z, prototypes, batch.get("text_scores"))
         correction = None
         if cleaning:
             if h.text_weight > 0 and posterior is None and "text_scores" not in batch:
@@ -261,16 +244,7 @@ class CAPro(LightningModule):
         # 9. Losses: instance contrast on all rows, the others on the kept ones.
         out: dict[str, Tensor] = {}
         if h.stage != "finetune":
-            columns = torch.cat([z.new_zeros(len(key)), z.new_ones(len(negatives))])  # own key (coupled) and the queue
-            out["loss_ins"] = h.lambda_ins * contrast(
-                z,
-                torch.cat([key, negatives.to(key.dtype)]),
-                positives=torch.arange(len(z), device=z.device),
-                weights=columns,
-                temperature=h.temperature,
-                coupled=True,
-                normalize=False,
-            )
+            out["loss_ins"] = h.lambda_ins * instance_contrast(z, key, negatives, h.temperature)
         learns = kept if soft is None else torch.ones_like(kept)  # a soft label says by itself how sure it is
         if bool(learns.any()):
             target, soft_label = (None if x is None else x[learns] for x in (bootstrap, soft))
@@ -305,17 +279,19 @@ class CAPro(LightningModule):
         h = self.arguments
         with torch.no_grad():
             keys = self.queue.read().to(z.dtype)
-            votes = h.alpha * self.auxiliary(keys).softmax(1) + (1 - h.alpha) * prototype_logits(
-                keys, self.prototypes.to(z.dtype), h.temperature
-            ).softmax(1)
+            votes = h.alpha * self.auxiliary(keys).softmax(1)
+            votes = votes + (1 - h.alpha) * self.prototype_scores(keys, self.prototypes)
             return bootstrapping_target(z, keys, votes)
 
+    def prototype_scores(self, z: Tensor, prototypes: Tensor) -> Tensor:
+        """Softmax of the similarities over the temperature."""
+        return prototype_logits(z, prototypes.to(z.dtype), self.arguments.temperature).softmax(1)
+
     @torch.no_grad()
-    def _fused_scores(self, logits: Tensor, z: Tensor, prototypes: Tensor, text_scores: Tensor | None) -> Tensor:
+    def fused_scores(self, logits: Tensor, z: Tensor, prototypes: Tensor, text_scores: Tensor | None = None) -> Tensor:
         """The scores r of CAPro 5.6; with `text_weight` the text has its say."""
         h = self.arguments
-        near = prototype_logits(z, prototypes.to(z.dtype), h.temperature).softmax(1)
-        fused: Tensor = h.alpha * logits.softmax(1) + (1 - h.alpha) * near
+        fused: Tensor = h.alpha * logits.softmax(1) + (1 - h.alpha) * self.prototype_scores(z, prototypes)
         if h.text_weight > 0 and text_scores is not None:
             fused = (1 - h.text_weight) * fused + h.text_weight * text_scores
         return fused
@@ -344,7 +320,7 @@ class CAPro(LightningModule):
     ) -> dict[str, Tensor]:
         """Both heads: hard label on one, (1 - beta) hard + beta soft on the other, by `label_reference`."""
         mode, beta = self.arguments.label_reference, self.arguments.beta
-        hard, hard_aux = _label_loss(logits, label, soft), _label_loss(aux, label, soft)
+        hard, hard_aux = label_loss(logits, label, soft), label_loss(aux, label, soft)
         if mode in (7, 10):
             target = aux.softmax(1) if bootstrap is None else bootstrap
             hard_aux = (1 - beta) * hard_aux + beta * soft_cross_entropy(aux, target)
@@ -360,7 +336,7 @@ class CAPro(LightningModule):
             elif mode == 5:
                 target = _neighbour_target(v, logits)
             elif mode == 6:
-                target = prototype_logits(z, prototypes.to(z.dtype), self.arguments.temperature).softmax(1)
+                target = self.prototype_scores(z, prototypes)
             elif mode == 8:
                 target = aux.softmax(1)
             else:
@@ -375,55 +351,20 @@ class CAPro(LightningModule):
         share = float(rng.beta(self.arguments.mixup, self.arguments.mixup))
         order = torch.from_numpy(rng.permutation(len(x))).to(x.device)
         logits = self.classifier(self.encoder(share * x + (1 - share) * x[order]))
-        other = _label_loss(logits, label[order], None if soft is None else soft[order])
-        return (share * _label_loss(logits, label, soft) + (1 - share) * other).mean()
+        other = label_loss(logits, label[order], None if soft is None else soft[order])
+        return (share * label_loss(logits, label, soft) + (1 - share) * other).mean()
 
     # What the trainer calls.
-
-    @property
-    def arguments(self) -> Any:
-        """The arguments of the constructor, saved with every checkpoint."""
-        return self.hparams
-
-    @property
-    def num_epochs(self) -> int:
-        """Epochs of this stage."""
-        return stage_epochs(self.arguments, self.arguments.stage)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step; its losses are kept for the log of the epoch."""
-        out = self.step(batch, self.current_epoch, batch_idx)
-        self._parts.append({k: v.detach() for k, v in out.items()})
-        return out["loss"]
-
-    def on_train_epoch_end(self) -> None:
-        """Log the mean of every loss over the steps that had it; once an epoch, because logging costs more than a step."""
-        keys = dict.fromkeys(k for part in self._parts for k in part)
-        means = {k: torch.stack([p[k].to(self.device) for p in self._parts if k in p]).mean() for k in keys}
-        self.log_dict(means, sync_dist=True)
-        self._parts.clear()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the losses of the steps of this epoch: a training may go on within it."""
-        checkpoint["parts"] = self._parts
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the losses of the epoch."""
-        self._parts = checkpoint.get("parts", [])
 
     def on_train_epoch_start(self) -> None:
         """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""
         h, epoch = self.arguments, self.current_epoch
         rate, warmup = self._rate_and_warmup()
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * lr_factor(epoch, warmup, self.num_epochs)
-        if h.stage == "finetune" or (h.stage == "capro" and epoch < h.frozen_encoder_epoch):
+        self.set_rate(rate * lr_factor(epoch, warmup, stage_epochs(h, h.stage)))
+        if h.stage == "finetune":
             freeze(self.encoder)
-        elif h.stage == "capro" and epoch == h.frozen_encoder_epoch:
-            unfreeze(self.encoder)
-            for optimizer in self.trainer.optimizers:  # the optimiser starts anew with the encoder, as in fopro's code
-                optimizer.state.clear()
+        elif h.stage == "capro":
+            self.freeze_encoder_until(epoch, h.frozen_encoder_epoch)
         again = h.update_proto_freq == 0 and epoch > h.init_proto_epoch
         if h.stage == "capro" and (epoch == h.init_proto_epoch or again):
             self.init_prototypes()
@@ -446,45 +387,6 @@ class CAPro(LightningModule):
         }
         return by_stage[h.stage]
 
-    @torch.no_grad()
-    def init_prototypes(self) -> None:
-        """Set every prototype to the mean of its anchors (CAPro 4.5): evaluation mode, momentum encoder and projector."""
-        training = self.training
-        self.eval()
-        embeddings, labels = [], []
-        for batch in self.anchor_batches():
-            embeddings.append(self.projector(self.momentum_encoder(batch["views"][0].to(self.device))))
-            labels.append(batch["label"].to(self.device))
-        self.train(training)
-        self.prototypes.copy_(class_means(torch.cat(embeddings), torch.cat(labels), len(self.prototypes)))
-
-    # What is learnt, applied.
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class probabilities (B, C) of the classifier, all that is used at inference (CAPro 5.10)."""
-        probabilities: Tensor = self.classifier(self.encoder(x)).softmax(1)
-        return probabilities
-
-    @torch.no_grad()
-    def score(self, x: Tensor, text_scores: Tensor | None = None) -> dict[str, Tensor]:
-        """All scores of CAPro 6.1 for a batch of inputs.
-
-        Returns
-        -------
-        dict
-            `classifier`, `auxiliary`, `prototype`, `fused` (B, C) in [0, 1] and `embedding` (B, dim).
-        """
-        v = self.encoder(x)
-        z = self.projector(v)
-        logits = self.classifier(v)
-        return {
-            "classifier": logits.softmax(1),
-            "auxiliary": self.auxiliary(F.normalize(z, dim=1)).softmax(1),
-            "prototype": prototype_logits(z, self.prototypes.to(z.dtype), self.arguments.temperature).softmax(1),
-            "fused": self._fused_scores(logits, z, self.prototypes, text_scores),
-            "embedding": z,
-        }
-
 
 def stage_epochs(arguments: Any, stage: Stage) -> int:
     """Epochs of a stage; plain training gets as many as the other three together."""
@@ -494,40 +396,6 @@ def stage_epochs(arguments: Any, stage: Stage) -> int:
         "finetune": arguments["finetune_epochs"],
     }
     return int(sum(parts.values()) if stage == "plain" else parts[stage])
-
-
-def scale_rule(n_images: int, num_classes: int) -> dict[str, Any]:
-    """What must scale with the size of the data, where an argument is None.
-
-    With n = N / C images per class: anchors per class K = n / 5 within [10, 50]; prototype momentum m_p = 1 - 2 / n within
-    [0.9, 0.999], so that a prototype forgets its start within an epoch; queue of N / 3 keys within [256, 8192].
-
-    Examples
-    --------
-    >>> scale_rule(3276, 22)
-    {'anchors': 29, 'momentum_prototype': 0.9866, 'queue_size': 1092}
-    >>> scale_rule(2_400_000, 1000)
-    {'anchors': 50, 'momentum_prototype': 0.999, 'queue_size': 8192}
-    """
-    n = n_images / num_classes
-    return {
-        "anchors": int(min(max(n // 5, 10), 50)),
-        "momentum_prototype": round(min(max(1 - 2 / n, 0.9), 0.999), 4),
-        "queue_size": int(min(max(n_images // 3, 256), 8192)),
-    }
-
-
-def lr_factor(epoch: int, warmup: int, epochs: int) -> float:
-    """Learning rate of an epoch over the base rate (CAPro 5.8): linear warm-up, then cosine.
-
-    Examples
-    --------
-    >>> [round(lr_factor(e, 5, 60), 3) for e in (0, 1, 5, 60)]
-    [0.2, 0.2, 1.0, 0.0]
-    """
-    if epoch <= warmup and warmup > 0:
-        return max(epoch, 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / max(epochs - warmup, 1)))
 
 
 def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
@@ -560,13 +428,6 @@ def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
     return target / target.sum(1, keepdim=True)
 
 
-def _label_loss(logits: Tensor, label: Tensor, soft: Tensor | None) -> Tensor:
-    """Cross-entropy (N,) against the labels, or against soft ones where there are some."""
-    if soft is None:
-        return F.cross_entropy(logits, label, reduction="none")
-    return soft_cross_entropy(logits, soft)
-
-
 def _neighbour_target(v: Tensor, logits: Tensor, k: int = 10) -> Tensor:
     """Mode 5: similarity-weighted mean of softmax(logits / 2) over the k nearest of the batch, cosine clipped to [0, 1]."""
     unit = F.normalize(v.detach(), dim=1)
@@ -576,19 +437,8 @@ def _neighbour_target(v: Tensor, logits: Tensor, k: int = 10) -> Tensor:
 
 
 def _check(
-    stage: str,
-    num_classes: int,
-    threshold: float,
-    alpha: float,
-    beta: float,
-    text_weight: float,
-    temperature: float,
-    label_reference: int,
+    threshold: float, alpha: float, beta: float, text_weight: float, temperature: float, label_reference: int
 ) -> None:
-    if stage not in ("plain", "vanilla", "capro", "finetune"):
-        raise UsageError(f'stage must be "plain", "vanilla", "capro" or "finetune", got {stage!r}')
-    if num_classes < 2:
-        raise UsageError(f"num_classes must be at least 2, got {num_classes}")
     for name, value in (("alpha", alpha), ("beta", beta), ("text_weight", text_weight)):
         if not 0 <= value <= 1:
             raise UsageError(f"{name} must be in [0, 1], got {value}")
