@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from contralto.data.dataset import EpochSampler
 from contralto.distributed import gather_rows, mean_weight
 from contralto.systems.webly.capro import CAPro
+from contralto.systems.webly.fopro import FoPro
 
 CLASSES = 4
 STAGES = ("plain", "vanilla", "capro", "finetune")
@@ -20,6 +21,8 @@ CASES = {  # stage, rows of the global batch, which rows are kept: all that scor
     "capro, none kept on the second rank": ("capro", 13, "first rank"),
     "capro, one kept at all": ("capro", 13, "one"),
     "capro, none kept at all": ("capro", 13, "none"),
+    **{f"fopro, {stage}, {n} rows": (f"fopro {stage}", n, "") for stage in FoPro.stages for n in (12, 13)},
+    "fopro, none kept on the second rank": ("fopro fopro", 13, "first rank"),
 }
 
 
@@ -28,10 +31,20 @@ pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
 
 def build(stage, kept):
     torch.manual_seed(0)
-    system = CAPro(
-        nn.Linear(6, 8), CLASSES, 8, stage=stage, hidden=7, dim=5, queue_size=30, init_proto_epoch=0, start_clean_epoch=0,
-        momentum_prototype=0.9, mixup=0.0, threshold=2.0 if kept else 0.4, keep_threshold=2.0 if kept else 0.26,
-    ).double()  # fmt: skip
+    same = {
+        "hidden": 7,
+        "dim": 5,
+        "queue_size": 30,
+        "init_proto_epoch": 0,
+        "start_clean_epoch": 0,
+        "momentum_prototype": 0.9,
+    }
+    same |= {"mixup": 0.0, "threshold": 2.0 if kept else 0.4}
+    if stage.startswith("fopro "):
+        rest = {"relation_clean_epoch": 0, "cleaning": "relation" if kept else "fusion"}
+        system = FoPro(nn.Linear(6, 8), CLASSES, 8, stage=stage.removeprefix("fopro "), **rest, **same).double()
+    else:
+        system = CAPro(nn.Linear(6, 8), CLASSES, 8, stage=stage, keep_threshold=2.0 if kept else 0.26, **same).double()
     system.prototypes.copy_(F.normalize(torch.randn(CLASSES, 5, dtype=torch.float64), dim=1))
     return system
 
@@ -52,14 +65,16 @@ def train(stage, n, kept, rank=0, world=1, average=lambda x: x):
     """Three steps: losses, corrected labels in the order of the global batch, and the state at the end."""
     system = build(stage, kept)
     optimizer = torch.optim.SGD([p for n, p in system.named_parameters() if not n.startswith("momentum")], 0.1)
-    losses, corrected, correct = [], [], system._correct
+    losses, corrected, judge = [], [], "judge" if isinstance(system, FoPro) else "_correct"
+    correct = getattr(system, judge)
 
-    def noted(fused, batch):
-        result = correct(fused, batch)
-        corrected.append(torch.stack([gather_rows(result.labels), gather_rows(result.kept).long()]))
+    def noted(*words, **options):
+        result = correct(*words, **options)
+        correction = result[0] if judge == "judge" else result
+        corrected.append(torch.stack([gather_rows(correction.labels), gather_rows(correction.kept).long()]))
         return result
 
-    system._correct = noted
+    setattr(system, judge, noted)
     for step in range(3):
         out = system.step(batch(step, n, kept, torch.arange(n)[rank::world]), epoch=1)
         optimizer.zero_grad()
@@ -105,7 +120,8 @@ def ranks(tmp_path_factory):
 def test_two_processes_equal_one(ranks, name):
     alone = train(*CASES[name])
     assert torch.isfinite(alone["losses"]).all()
-    assert (len(alone["corrected"]) == 3) == name.startswith("capro")
+    cleaned = name.startswith(("capro", "fopro, prototypes", "fopro, relation", "fopro, fopro", "fopro, none"))
+    assert len(alone["corrected"]) == (3 if cleaned else 0)
     for rank in ranks:
         found = rank["cases"][name]
         torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-9, atol=1e-9)
@@ -123,6 +139,7 @@ def test_the_cases_are_what_they_say():
     assert kept["capro, none kept on the second rank"].tolist() == [1, 0] * 6 + [1]
     assert kept["capro, one kept at all"].sum() == 1
     assert kept["capro, none kept at all"].sum() == 0
+    assert train(*CASES["fopro, none kept on the second rank"])["corrected"][0][1].tolist() == [1, 0] * 6 + [1]
 
 
 def test_rows_of_ranks_are_gathered_in_the_order_of_the_global_batch(ranks):

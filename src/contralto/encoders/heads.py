@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 
-__all__ = ["Normalize", "mlp"]
+__all__ = ["Normalize", "Relation", "mlp"]
 
 
 class Normalize(nn.Module):
@@ -48,3 +48,35 @@ def mlp(sizes: Sequence[int], *, normalize: bool = False) -> nn.Sequential:
     if normalize:
         layers.append(Normalize())
     return nn.Sequential(*layers)
+
+
+class Relation(nn.Module):
+    """A learnt similarity: two bias-free layers on the pair [sample; prototype] (FoPro 2).
+
+    The first layer is applied to samples and prototypes apart and the results are added, so that the (N, C, 2D) pairs are never
+    made.
+
+    Parameters
+    ----------
+    dim : int
+        D, width of samples and prototypes.
+    hidden : int
+
+    Examples
+    --------
+    >>> import torch
+    >>> Relation(4)(torch.zeros(2, 4), torch.zeros(3, 4)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, dim: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.pair = nn.Linear(2 * dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1, bias=False)
+
+    def forward(self, samples: Tensor, prototypes: Tensor) -> Tensor:
+        """Logits (N, C) of samples (N, D) against prototypes (C, D)."""
+        of_sample, of_prototype = self.pair.weight.chunk(2, dim=1)
+        hidden = (samples @ of_sample.T).unsqueeze(1) + (prototypes @ of_prototype.T).unsqueeze(0)
+        logits: Tensor = self.out(hidden.relu()).squeeze(2)
+        return logits

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 
-__all__ = ["class_means", "ema_update", "prototype_logits"]
+__all__ = ["class_means", "density_temperature", "ema_update", "prototype_logits"]
 
 
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -79,8 +79,39 @@ def ema_update(prototypes: Tensor, embeddings: Tensor, labels: Tensor, momentum:
     return F.normalize(moved, dim=1)
 
 
-def prototype_logits(embeddings: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Similarity to every prototype over the temperature, (N, C).
+def density_temperature(
+    distance: Tensor, count: Tensor, before: Tensor, *, low: float = 0.02, high: float = 1.0
+) -> Tensor:
+    """A temperature for every prototype from how densely its samples lie (FoPro 13): small where they are many and close.
+
+    ``T_c = distance_c / (count_c ln(count_c + 10) + 1e-7)``
+
+    Parameters
+    ----------
+    distance : Tensor (C,)
+        Sum of the distances of the samples of each class to its prototype.
+    count : Tensor (C,)
+        Number of them.
+    before : Tensor (C,)
+        Kept for classes without a sample, where the formula would give 0 and infinite logits.
+    low, high : float
+        Bounds that the paper's code does not have; they keep logits finite.
+
+    Returns
+    -------
+    Tensor (C,)
+
+    Examples
+    --------
+    >>> density_temperature(torch.tensor([50.0, 0.0]), torch.tensor([100.0, 0.0]), torch.tensor([0.1, 0.1]))
+    tensor([0.1064, 0.1000])
+    """
+    fresh = (distance / (count * (count + 10).log() + 1e-7)).clamp(low, high)
+    return torch.where(count > 0, fresh, before)
+
+
+def prototype_logits(embeddings: Tensor, prototypes: Tensor, temperature: float | Tensor) -> Tensor:
+    """Similarity to every prototype over the temperature (one, or one per prototype), (N, C).
 
     Examples
     --------

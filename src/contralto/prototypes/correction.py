@@ -52,9 +52,15 @@ class Correction(NamedTuple):
 
 
 def correct_labels(
-    scores: Tensor, labels: Tensor, anchors: Tensor, *, threshold: float, keep_threshold: float | None = None
+    scores: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    threshold: float,
+    keep_threshold: float | None = None,
+    strict: bool = False,
 ) -> Correction:
-    """Keep, correct or drop every label by a fused score (CAPro 5.6, in its order).
+    """Keep, correct or drop every label by a fused score (CAPro 5.6 and, with `strict`, FoPro 6, in their order).
 
     1. An anchor keeps its label. 2. Else, if the best class scores at least `threshold`, the label becomes that class.
     3. Else, if the given class scores at least `keep_threshold`, it is kept. 4. Else the sample is off-topic.
@@ -70,6 +76,8 @@ def correct_labels(
         gamma; above 1 switches correction off.
     keep_threshold : float, optional
         Default: 1/C, the paper's.
+    strict : bool
+        A score must be above a threshold (FoPro), not only reach it (CAPro).
 
     Returns
     -------
@@ -92,10 +100,11 @@ def correct_labels(
     keep_threshold = 1 / scores.shape[1] if keep_threshold is None else keep_threshold
     best, arg = scores.max(1)
     given = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
-    confident = (best >= threshold) & ~anchors
+    above = torch.gt if strict else torch.ge
+    confident = above(best, threshold) & ~anchors
     new = torch.where(confident, arg, labels)
     verdict = torch.full_like(labels, int(Verdict.OFF_TOPIC))
-    verdict[given >= keep_threshold] = int(Verdict.KEPT)
+    verdict[above(given, keep_threshold)] = int(Verdict.KEPT)
     verdict[confident] = int(Verdict.CORRECTED)
     verdict[confident & (arg == labels)] = int(Verdict.KEPT)
     verdict[anchors] = int(Verdict.ANCHOR)

@@ -44,7 +44,15 @@ SYSTEMS: dict[str, System] = {
             data="images with a web label each, texts, class definitions; clean test labels if there are any",
             paper="CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes, NeurIPS 2023, arXiv 2310.09761",
             path="contralto.systems.webly.capro:CAPro",
-            job="contralto.pipelines.webly:fit_capro",
+            job="contralto.pipelines.capro:fit_capro",
+        ),
+        System(
+            name="fopro",
+            problem="classifier, noise list and corrected labels from noisy web images, guided by a few labels of people",
+            data="images with a web label each; a few images per class labelled by people (none will do); clean test labels",
+            paper="FoPro: Few-Shot Guided Robust Webly-Supervised Prototypical Learning, AAAI 2023, arXiv 2212.00465",
+            path="contralto.systems.webly.fopro:FoPro",
+            job="contralto.pipelines.fopro:fit_fopro",
         ),
     )
 }
