@@ -21,8 +21,9 @@ from contralto.data.text import clean_texts, drop_even_words, words_of
 from contralto.encoders.text import text_encoder
 from contralto.neighbors.graph import adjacency, smooth
 from contralto.neighbors.matching import match_texts
+from contralto.pipelines.capro import CAProJob
+from contralto.pipelines.job import load_preset
 from contralto.pipelines.outputs import environment
-from contralto.pipelines.webly import Job, load_preset
 
 K = 30
 
@@ -35,7 +36,7 @@ def main(out: Path, work: Path) -> None:
         train = np.flatnonzero((manifest.column("split") == "train") & (manifest.labels >= 0))
         labels, clean = manifest.labels[train], manifest.column("clean_label")[train].astype(int)
         hard = ambiguous_classes(manifest)
-        job = Job(
+        job = CAProJob(
             str(shared), shared.parent, load_preset("small") | {"cache": shared.parent / "features"}, progress=False
         )
         job.ingest()

@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageEnhance
 
 from contralto.files import write_atomically
+from contralto.pipelines.capro import CAProJob, fit_capro
+from contralto.pipelines.job import load_preset
 from contralto.pipelines.outputs import environment
-from contralto.pipelines.webly import Job, fit_capro, load_preset
 
 SIZES = [1_000, 10_000, 100_000]
 SHARD, SIDE, WRONG, TEST = 1000, 96, 0.3, 0.05
@@ -85,7 +86,7 @@ def run_job(data: Path, out: Path) -> None:
     """In a process of its own: the job, with time in `features` and peak memory of every stage kept beside it."""
     path = out.with_suffix(".json")
     told: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
-    timed, features = Job._timed, Job.features
+    timed, features = CAProJob._timed, CAProJob.features
 
     def add(stage: str, seconds: float, peak: float) -> None:
         before = told.get(stage, {"seconds": 0.0, "peak_gib": 0.0})
@@ -113,7 +114,7 @@ def run_job(data: Path, out: Path) -> None:
         add("features", seconds, max(before, peak_gib()))
         return result
 
-    Job._timed, Job.features = measured, counted  # type: ignore[method-assign]
+    CAProJob._timed, CAProJob.features = measured, counted  # type: ignore[method-assign]
     started = time.perf_counter()
     fit_capro(str(data), out, **load_preset("small"), progress=False)
     add("total", time.perf_counter() - started, 0.0)
@@ -142,7 +143,7 @@ def one_size(n: int, data: Path, work: Path) -> dict[str, object]:
         "disk_mb": {
             k: round(sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 1e6) for k, f in folders.items()
         },
-        "accuracy": {k: round(metrics["test"][k]["accuracy"], 4) for k in ("plain", "capro")},
+        "accuracy": {k: round(metrics["test"][k]["accuracy"], 4) for k in ("plain", "model")},
         "environment": environment(),
     }
 

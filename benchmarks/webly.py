@@ -44,9 +44,10 @@ from contralto.data.manifest import Manifest
 from contralto.evaluation.classification import accuracy_interval, calibration_error, per_class_accuracy
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import write_atomically
+from contralto.pipelines.capro import CAProJob
 from contralto.pipelines.cleaning import clean_with_model
+from contralto.pipelines.job import load_preset
 from contralto.pipelines.outputs import environment
-from contralto.pipelines.webly import Job, load_preset
 from contralto.prototypes.correction import flagged
 from contralto.systems.webly.base import scale_rule
 from contralto.systems.webly.reconcile import names_in_texts
@@ -99,7 +100,7 @@ NEEDS_TEXT = (
 NEEDS_TEXT += ("capro, no enhancement",)
 
 
-class Arm(Job):
+class Arm(CAProJob):
     """The job with other rows, labels or soft labels for its classifier."""
 
     rows = relabelled = soft = None

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from contralto.pipelines.webly import fit_capro
+from contralto.pipelines.capro import fit_capro
 from contralto.systems.webly.capro import CAPro
 
 STAGES = ["plain", "vanilla", "capro", "finetune"]

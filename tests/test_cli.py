@@ -49,7 +49,7 @@ def test_fit_leaves_a_whole_run_and_evaluate_measures_it(finished, tiny_parquet,
     code, out, _ = run(capsys, "evaluate", finished, tiny_parquet, "--json")
     result = json.loads(out)
     assert code == 0
-    stored = json.loads((finished / "metrics.json").read_text())["test"]["capro"]
+    stored = json.loads((finished / "metrics.json").read_text())["test"]["model"]
     assert result["n"] == 18
     assert result["split"] == "test"
     assert abs(result["accuracy"] - stored["accuracy"]) < 0.06

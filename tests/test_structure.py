@@ -201,22 +201,23 @@ def test_no_test_reaches_beyond_this_machine():
 def test_the_readme_names_commands_arguments_and_functions_that_exist():
     import contralto
     from contralto.cli import COMMANDS
-    from contralto.pipelines.webly import PRESETS, fit_capro
+    from contralto.pipelines.job import presets_of
+    from contralto.systems.registry import SYSTEMS, get_job
     from contralto.systems.webly.model import WebClassifier
 
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^\s*(?:`)?contralto ((?:[a-z]+).*?)(?:#|`|$)", text, re.MULTILINE)
     assert len(lines) >= 5
-    known = set(inspect.signature(fit_capro).parameters) | {"preset"}
+    known = {n: set(get_job(n).parameters()) | {"preset"} for n in SYSTEMS}
     for line in lines:
         name, *words = line.split()
         assert name in COMMANDS, line
-        command = known if name == "fit" else set(inspect.signature(COMMANDS[name][0]).parameters)
+        command = known[words[0]] if name == "fit" else set(inspect.signature(COMMANDS[name][0]).parameters)
         for word in words:
             if word.startswith("--"):
                 assert word[2:] in command, line
         if "--preset" in words:
-            assert words[words.index("--preset") + 1] in PRESETS
+            assert words[words.index("--preset") + 1] in presets_of(words[0])
     for target in re.findall(r"make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for script in re.findall(r"(?:python )?((?:benchmarks|tests)/[\w/]+\.py)", text):

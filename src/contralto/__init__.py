@@ -1,6 +1,7 @@
 """Contralto: learning by contrast and with prototypes from data as it is found.
 
 ``contralto.fit_capro(data, run)`` trains a classifier on noisy web images and says which of them are wrong;
+``contralto.fit_fopro`` does so with a few labels by people;
 ``contralto.load(run).predict(images)`` uses it. ``contralto.clean_with_model(data, folder, embeddings=...)`` says
 which labels are wrong by the features of a model that you have. Everything else is in submodules, loaded when asked for.
 """
@@ -8,15 +9,16 @@ which labels are wrong by the features of a model that you have. Everything else
 from importlib import import_module, metadata
 from typing import Any
 
-__all__ = ["clean_with_model", "fit_capro", "load", "load_preset"]
+__all__ = ["clean_with_model", "fit_capro", "fit_fopro", "load", "load_preset"]
 
 __version__ = metadata.version("contralto")
 
 _LAZY = {
     "clean_with_model": "contralto.pipelines.cleaning",
     "load": "contralto.systems.webly.model",
-    "fit_capro": "contralto.pipelines.webly",
-    "load_preset": "contralto.pipelines.webly",
+    "fit_capro": "contralto.pipelines.capro",
+    "fit_fopro": "contralto.pipelines.fopro",
+    "load_preset": "contralto.pipelines.job",
 }
 
 

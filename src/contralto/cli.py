@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from importlib import import_module, metadata, resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from contralto.errors import ContraltoError, DataError, UsageError
 
 __all__ = ["main"]
 
-_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "stage", "seed"}
+_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "stage"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +84,8 @@ def demo(*, out: Path = Path("runs/demo"), fast: bool = False, seed: int = 0, sh
         fast: Under a minute: smaller pictures, fewer epochs, TF-IDF texts.
         seed: Of everything that is drawn.
     """
-    from contralto.pipelines.webly import fit_capro, load_preset
+    from contralto.pipelines.capro import fit_capro
+    from contralto.pipelines.job import load_preset
 
     folder = resources.files("contralto.data").joinpath("samples/web_icons")
     arguments = load_preset("small") | {"group_column": "emoji", "seed": seed}
@@ -137,7 +138,7 @@ def inspect_(
         allow_outside: Let tables name files outside their folder.
     """
     from contralto.data.inspect import inspect_data, print_inspection
-    from contralto.pipelines.webly import estimate_cost
+    from contralto.pipelines.capro import estimate_cost
 
     columns = {k: v for k, v in locals().items() if k.endswith("_column")}
     options = {"blank_share": blank_share, "min_side": min_side, "allow_outside": allow_outside}
@@ -157,15 +158,12 @@ def fit(
         system: Name of the system, see `contralto systems`.
         data: Path or address of the images.
         out: Run folder.
-        preset: webvision1k (the default values), google500 or small; other arguments go before it.
+        preset: webvision1k, google500 or small; other arguments go before it.
     """
-    from contralto.systems.registry import SYSTEMS
+    from contralto.systems.registry import get_job
 
-    if system not in SYSTEMS:
-        raise UsageError(f"no system is called {system!r}: there are {', '.join(SYSTEMS)}")
-    module, _, function = SYSTEMS[system].job.partition(":")
     started = time.perf_counter()
-    run = getattr(import_module(module), function)(data, out, progress=show, **arguments)
+    run = get_job(system).fit(data, out, progress=show, **arguments)
     result = _summary(run)
     if show:
         _print_summary(result, time.perf_counter() - started)
@@ -557,8 +555,8 @@ def _parser(words: Sequence[str]) -> Any:
             sub.add_argument("data", type=str, help="path or address of the images")
             sub.add_argument("--out", type=Path, required=True, help="run folder")
             sub.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these arguments")
-            sub.add_argument("--preset", type=str, default=None, help="webvision1k, google500 or small")
-            _add_job_arguments(sub, words)
+            sub.add_argument("--preset", type=str, default=None, help="named arguments, which others go before")
+            _add_job_arguments(sub, _named_system(words), _named_preset(words))
         elif name != "fit":
             _add_arguments(sub, function, {"show"})
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -566,18 +564,16 @@ def _parser(words: Sequence[str]) -> Any:
     return parser
 
 
-def _add_job_arguments(sub: Any, words: Sequence[str]) -> None:
+def _add_job_arguments(sub: Any, system: str, preset: str | None) -> None:
     """All arguments of the job and of the system; a preset on the command line changes their defaults."""
-    from contralto.pipelines.webly import fit_capro, load_preset
-    from contralto.systems.webly.capro import CAPro
+    from contralto.pipelines.job import load_preset
+    from contralto.systems.registry import get_job
 
-    job = {"data", "out", "progress", "system"}
-    _add_arguments(sub, fit_capro, job)
-    sub.add_class_arguments(CAPro, skip=_JOB_OWNED, as_group=False)
-    known = set(inspect.signature(fit_capro).parameters) | set(inspect.signature(CAPro.__init__).parameters)
-    preset = _named_preset(words)
+    job = get_job(system)
+    _add_arguments(sub, job.fit, {"data", "out", "progress", "system"})
+    sub.add_class_arguments(job.system, skip=_JOB_OWNED | set(inspect.signature(job.fit).parameters), as_group=False)
     if preset is not None:
-        sub.set_defaults({k: v for k, v in load_preset(preset).items() if k in known})
+        sub.set_defaults(load_preset(preset, system))
 
 
 def _add_arguments(sub: Any, function: Callable[..., Any], skip: set[str]) -> None:
@@ -589,6 +585,17 @@ def _add_arguments(sub: Any, function: Callable[..., Any], skip: set[str]) -> No
     sub.add_function_arguments(function, skip=skip | set(switches), as_group=False, as_positional=True)
     for name, default in switches.items():
         sub.add_argument(f"--{name}", action=ActionYesNo, default=default)
+
+
+def _named_system(words: Sequence[str]) -> str:
+    """The system on a command line of `fit`; the first one when there is none yet, as for `contralto fit --help`."""
+    from contralto.systems.registry import SYSTEMS
+
+    return (
+        next((w for w in words[1:] if not w.startswith("-")), next(iter(SYSTEMS)))
+        if len(words) > 1
+        else next(iter(SYSTEMS))
+    )
 
 
 def _named_preset(argv: Sequence[str]) -> str | None:
@@ -638,12 +645,15 @@ def _summary(run: Path) -> dict[str, Any]:
 
     with naming(run / "metrics.json"):
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return {"run": str(run), "report": str(run / "report.html"), **metrics}
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    return {"run": str(run), "report": str(run / "report.html"), "system": config["system"], **metrics}
 
 
 def _print_summary(result: dict[str, Any], seconds: float) -> None:
+    from contralto.systems.registry import SYSTEMS
+
     table = _table("", "accuracy", "mean over classes", "95 % interval")
-    for key, told in (("plain", "plain training"), ("capro", "CAPro")):
+    for key, told in (("plain", "plain training"), ("model", SYSTEMS[result["system"]].title)):
         if key in result.get("test", {}):
             t = result["test"][key]
             table.add_row(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from contralto import cli
 from contralto.errors import ContraltoError
-from contralto.pipelines.webly import fit_capro
+from contralto.pipelines.capro import fit_capro
 from contralto.systems.webly.model import load
 
 from tests.conftest import picture

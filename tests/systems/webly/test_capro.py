@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.systems.webly.base import lr_factor
-from contralto.systems.webly.capro import CAPro, bootstrapping_target, stage_epochs
+from contralto.systems.webly.capro import CAPro, bootstrapping_target
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "capro_step.npz", allow_pickle=False)
 CASES = ("web_noclean", "web_clean", "web_weights")
@@ -285,7 +285,7 @@ def test_mixup_is_a_function_of_seed_epoch_and_batch():
 
 def test_stage_epochs_and_schedule_follow_the_paper():
     arguments = {"vanilla_epochs": 120, "epochs": 60, "finetune_epochs": 15}
-    assert [stage_epochs(arguments, s) for s in ("plain", "vanilla", "capro", "finetune")] == [195, 120, 60, 15]
+    assert [CAPro.stage_epochs(arguments, s) for s in ("plain", "vanilla", "capro", "finetune")] == [195, 120, 60, 15]
     expected = [max(e, 1) / 5 if e <= 5 else 0.5 * (1 + np.cos(np.pi * (e - 5) / 55)) for e in range(60)]
     assert [lr_factor(e, 5, 60) for e in range(60)] == pytest.approx(expected)
 

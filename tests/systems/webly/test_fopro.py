@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.prototypes.bank import density_temperature
-from contralto.systems.webly.fopro import FoPro, stage_epochs
+from contralto.systems.webly.fopro import FoPro
 
 REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "fopro_step.npz", allow_pickle=False)
 # Case: epoch, gamma, what corrects. Prototypes are on from epoch 1, cleaning from 2, the relation from 3.
@@ -240,7 +240,7 @@ def test_the_temperature_of_a_class_without_samples_stays_and_others_are_bounded
 
 def test_stages_count_through_and_plain_training_has_as_many_epochs():
     arguments = {"epochs": 200, "relation_clean_epoch": 26, "relation_epochs": 20, "finetune_epochs": 0}
-    assert [stage_epochs(arguments, s) for s in ("plain", "prototypes", "relation", "fopro", "finetune")] == [
+    assert [FoPro.stage_epochs(arguments, s) for s in ("plain", "prototypes", "relation", "fopro", "finetune")] == [
         220, 27, 20, 173, 0,
     ]  # fmt: skip
     assert small(stage="fopro").first_epoch == 3

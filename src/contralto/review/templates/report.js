@@ -45,7 +45,8 @@
     ["classifier", "auxiliary head", "prototype", "fused"].forEach((name, j) => {
       const row = el("tr"); row.append(el("td", "", name), el("td", "", percent(x.a[j])), el("td", "", percent(x.b[j]))); table.append(row);
     });
-    for (const [name, value] of [["text match", percent(x.m)], ["text rank in class", String(x.r + 1)], ["nearest prototypes", x.k.join(", ")], ["id", x.id]]) {
+    const text_rows = x.r === null ? [] : [["text match", percent(x.m)], ["text rank in class", String(x.r + 1)]];
+    for (const [name, value] of [...text_rows, ["nearest prototypes", x.k.join(", ")], ["id", x.id]]) {
       const row = el("tr"), cell = el("td"); cell.colSpan = 2; cell.append(el("bdi", "", value)); row.append(el("td", "", name), cell); table.append(row);
     }
     body.append(table);

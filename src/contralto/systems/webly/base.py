@@ -91,6 +91,11 @@ class WeblySystem(LightningModule):
         """Class probabilities (B, C) by the similarity to prototypes."""
         raise NotImplementedError
 
+    @staticmethod
+    def stage_epochs(arguments: Any, stage: str) -> int:
+        """Epochs of a stage; plain training gets as many as the others together."""
+        raise NotImplementedError
+
     @property
     def first_epoch(self) -> int:
         """Number of the first epoch of this stage; stages may count through."""

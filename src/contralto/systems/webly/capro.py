@@ -46,7 +46,7 @@ from contralto.prototypes.bank import ema_update, prototype_logits
 from contralto.prototypes.correction import Correction, correct_labels
 from contralto.systems.webly.base import WeblySystem, instance_contrast, label_loss, lr_factor
 
-__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target", "stage_epochs"]
+__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target"]
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
 
@@ -360,7 +360,7 @@ class CAPro(WeblySystem):
         """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""
         h, epoch = self.arguments, self.current_epoch
         rate, warmup = self._rate_and_warmup()
-        self.set_rate(rate * lr_factor(epoch, warmup, stage_epochs(h, h.stage)))
+        self.set_rate(rate * lr_factor(epoch, warmup, self.stage_epochs(h, h.stage)))
         if h.stage == "finetune":
             freeze(self.encoder)
         elif h.stage == "capro":
@@ -387,15 +387,15 @@ class CAPro(WeblySystem):
         }
         return by_stage[h.stage]
 
-
-def stage_epochs(arguments: Any, stage: Stage) -> int:
-    """Epochs of a stage; plain training gets as many as the other three together."""
-    parts = {
-        "vanilla": arguments["vanilla_epochs"],
-        "capro": arguments["epochs"],
-        "finetune": arguments["finetune_epochs"],
-    }
-    return int(sum(parts.values()) if stage == "plain" else parts[stage])
+    @staticmethod
+    def stage_epochs(arguments: Any, stage: str) -> int:
+        """Epochs of a stage; plain training gets as many as the other three together."""
+        parts = {
+            "vanilla": arguments["vanilla_epochs"],
+            "capro": arguments["epochs"],
+            "finetune": arguments["finetune_epochs"],
+        }
+        return int(sum(parts.values()) if stage == "plain" else parts[stage])
 
 
 def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:

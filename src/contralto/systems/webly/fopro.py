@@ -45,7 +45,7 @@ from contralto.losses.contrast import soft_cross_entropy
 from contralto.losses.margin import margin_logits
 from contralto.memory.momentum import momentum_update
 from contralto.prototypes.bank import density_temperature, ema_update, prototype_logits
-from contralto.prototypes.correction import Correction, correct_labels
+from contralto.prototypes.correction import Correction, Verdict, correct_labels
 from contralto.systems.webly.base import WeblySystem, instance_contrast, label_loss, lr_factor
 
 __all__ = ["FoPro", "Stage"]
@@ -323,6 +323,7 @@ class FoPro(WeblySystem):
         correction = correct_labels(
             scores, given, held, threshold=h.threshold, keep_threshold=keep, strict=True
         )  # the relation keeps a label as a shot does
+        correction.verdict[held & ~shot] = int(Verdict.KEPT)
         return correction, (scores.max(1).values > h.threshold) & ~held
 
     def _add(self, out: dict[str, Tensor], name: str, rows: Tensor, loss: Any) -> None:
@@ -427,7 +428,7 @@ class FoPro(WeblySystem):
         """Rate and beta1 of the epoch; frozen or released encoder; prototypes from the shots when it is time."""
         h, epoch = self.arguments, self.first_epoch + self.current_epoch
         if h.stage in ("plain", "prototypes", "fopro"):
-            total = stage_epochs(h, "plain") if h.stage == "plain" else h.epochs
+            total = self.stage_epochs(h, "plain") if h.stage == "plain" else h.epochs
             rate = h.plain_lr if h.stage == "plain" and h.plain_lr is not None else h.lr
             self.set_rate(rate * lr_factor(epoch, h.warmup_epochs, total))
         elif h.stage == "finetune":
@@ -466,14 +467,14 @@ class FoPro(WeblySystem):
             return torch.optim.Adam(groups, lr=h.lr, weight_decay=h.weight_decay)
         return torch.optim.SGD(groups, lr=h.lr, momentum=0.9, weight_decay=h.weight_decay)
 
-
-def stage_epochs(arguments: Any, stage: Stage) -> int:
-    """Epochs of a stage; plain training gets as many as the others together."""
-    first = min(arguments["relation_clean_epoch"] + 1, arguments["epochs"])
-    parts = {
-        "prototypes": first,
-        "relation": arguments["relation_epochs"],
-        "fopro": arguments["epochs"] - first,
-        "finetune": arguments["finetune_epochs"],
-    }
-    return int(sum(parts.values()) if stage == "plain" else parts[stage])
+    @staticmethod
+    def stage_epochs(arguments: Any, stage: str) -> int:
+        """Epochs of a stage; plain training gets as many as the others together."""
+        first = min(arguments["relation_clean_epoch"] + 1, arguments["epochs"])
+        parts = {
+            "prototypes": first,
+            "relation": arguments["relation_epochs"],
+            "fopro": arguments["epochs"] - first,
+            "finetune": arguments["finetune_epochs"],
+        }
+        return int(sum(parts.values()) if stage == "plain" else parts[stage])

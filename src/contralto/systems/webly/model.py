@@ -24,7 +24,7 @@ from contralto.views.image import EvalView
 __all__ = ["Predictions", "WebClassifier", "load"]
 
 Pictures = Sequence[Any]
-MAX_SIZE = 65_536
+MAX_SIZE = 2**20
 """Widths and sides above this are no model but damage."""
 
 
@@ -67,7 +67,8 @@ class WebClassifier(nn.Module):
             image_encoder(config["encoder"], pretrained=False, size=config["size"]) if encoder is None else encoder
         )
         self.classifier = nn.Linear(config["num_features"], len(self.classes), bias=False)
-        self.projector = mlp([config["num_features"], config["hidden"], config["dim"]], normalize=True)
+        hidden = [config["hidden"]] if config["hidden"] else []
+        self.projector = mlp([config["num_features"], *hidden, config["dim"]], normalize=True)
         self.register_buffer("prototypes", torch.zeros(len(self.classes), config["dim"]))
         self.view = EvalView(config["size"], config["crop"], tuple(config["mean"]), tuple(config["std"]))
 
@@ -197,9 +198,10 @@ def _check_config(config: dict[str, Any]) -> None:
     def number(value: Any, low: float, high: float) -> bool:
         return type(value) in (int, float) and low < value <= high  # NaN is neither
 
-    sizes = [config[k] for k in ("num_features", "size", "hidden", "dim")]
+    sizes = [config[k] for k in ("num_features", "size", "dim")]
     right = {
         "sizes": all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes),
+        "hidden": type(config["hidden"]) is int and 0 <= config["hidden"] <= MAX_SIZE,
         "crop": number(config["crop"], 0.05, 1),
         "mean": len(config["mean"]) == 3 and all(number(x, -1000, 1000) for x in config["mean"]),
         "std": len(config["std"]) == 3 and all(number(x, 0, 1000) for x in config["std"]),

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from contralto.errors import DataError, UsageError
-from contralto.pipelines import webly
+from contralto.pipelines import job
+from contralto.pipelines.capro import CAProJob, fit_capro
+from contralto.pipelines.job import load_preset, presets_of
 from contralto.pipelines.outputs import write_cleaned_csv
-from contralto.pipelines.webly import Job, fit_capro, load_preset
 from contralto.systems.webly.capro import EXTENSIONS, CAPro
 from contralto.systems.webly.model import load
 
@@ -60,7 +61,7 @@ def test_everything_promised_is_there(finished):
             assert row["new"] == ""
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["test"]["n"] == 18
-    assert {"plain", "capro", "difference"} < set(metrics["test"])
+    assert {"plain", "model", "difference"} < set(metrics["test"])
     assert metrics["noise"]["rate_given"] == pytest.approx(0.25)
     assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert json.loads((run / "config.json").read_text())["extensions"] == [
@@ -116,8 +117,8 @@ def test_a_finished_job_computes_nothing_again(finished, tiny_parquet, monkeypat
     def never(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(webly, "ingest", never)
-    monkeypatch.setattr(webly, "encode_batches", never)
+    monkeypatch.setattr(job, "ingest", never)
+    monkeypatch.setattr(job, "encode_batches", never)
     monkeypatch.setattr(CAPro, "training_step", never)
     fit_capro(str(tiny_parquet), run, definitions=tiny_parquet.with_name("classes.yaml"), **arguments)
 
@@ -134,7 +135,7 @@ def test_clean_labels_change_nothing_that_is_learnt(finished, tiny_parquet, tmp_
     assert same_weights(weights(run), weights(again))
     assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
     before, after = (json.loads((r / "metrics.json").read_text()) for r in (run, again))
-    assert before["test"]["capro"] != after["test"]["capro"]
+    assert before["test"]["model"] != after["test"]["model"]
     assert before["noise"] != after["noise"]
 
 
@@ -179,10 +180,10 @@ def test_texts_that_say_nothing_are_not_reconciled(tmp_path):
 
 def test_wrong_use_is_named(tiny_parquet, tmp_path):
     with pytest.raises(UsageError, match="no argument 'nonsense'"):
-        Job(str(tiny_parquet), tmp_path / "r", {"nonsense": 1})
+        CAProJob(str(tiny_parquet), tmp_path / "r", {"nonsense": 1})
     with pytest.raises(UsageError, match="one device"):
-        Job(str(tiny_parquet), tmp_path / "r", {"devices": 2})
-    with pytest.raises(UsageError, match="no preset is called 'huge'"):
+        CAProJob(str(tiny_parquet), tmp_path / "r", {"devices": 2})
+    with pytest.raises(UsageError, match="no preset of capro is called 'huge'"):
         load_preset("huge")
     with pytest.raises(UsageError, match="queue_size 24 is smaller than a batch of 100"):
         fit_capro(str(tiny_parquet), tmp_path / "q", **(TINY | {"batch_size": 100}))
@@ -208,9 +209,9 @@ def test_another_job_in_the_same_folder_is_refused(finished, tiny_parquet):
         )
 
 
-@pytest.mark.parametrize("name", webly.PRESETS)
+@pytest.mark.parametrize("name", presets_of("capro"))
 def test_presets_hold_arguments_that_exist(name, tmp_path):
-    Job("x", tmp_path, load_preset(name))
+    CAProJob("x", tmp_path, load_preset(name))
     extensions = set(load_preset(name)) & set(EXTENSIONS)
     assert bool(extensions) == (name == "small")  # extensions stay out of the paper's presets
 

@@ -1,0 +1,640 @@
+"""One job over one run folder: what the jobs for noisy web images (`capro`, `fopro`) share.
+
+A job is a class whose stages can be called one by one; each keeps its result in the folder, so that an interrupted job
+goes on where it stopped. A subclass names its system and its stages, and says what each stage learns from.
+
+Nothing that learns sees the clean labels: `_fields` is the only door between the manifest and a training.
+"""
+
+import hashlib
+import inspect
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from contralto.data.dataset import Batch, EpochSampler, FeatureDataset, ImageDataset
+from contralto.data.definitions import fill_definitions, load_definitions
+from contralto.data.images import decode_image
+from contralto.data.ingest import ingest
+from contralto.data.manifest import Manifest
+from contralto.data.sources import ByteReader
+from contralto.encoders.features import cached_array, encode_batches
+from contralto.encoders.image import ImageEncoder, image_encoder
+from contralto.errors import DataError, UsageError
+from contralto.evaluation.classification import accuracy_interval, calibration_error
+from contralto.evaluation.noise import noise_metrics
+from contralto.files import naming, remove_leftovers, write_atomically
+from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
+from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
+from contralto.systems.registry import SYSTEMS
+from contralto.systems.webly.base import WeblySystem, scale_rule
+from contralto.systems.webly.model import WebClassifier
+from contralto.training.fit import fit_stage
+from contralto.views.image import EvalView, View, draw_views, strong_view, view_generator, weak_view
+
+__all__ = ["Job", "load_preset", "presets_of"]
+
+FREE = ("checkpoint_every",)
+"""Arguments on which no result depends: a run may go on with other ones."""
+Array = npt.NDArray[Any]
+
+
+def presets_of(system: str) -> list[str]:
+    """Names of the presets of a system.
+
+    Examples
+    --------
+    >>> presets_of("capro")
+    ['google500', 'small', 'webvision1k']
+    """
+    folder = resources.files("contralto.systems.webly").joinpath("presets", system)
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir()) if folder.is_dir() else []
+
+
+def load_preset(name: str, system: str = "capro") -> dict[str, Any]:
+    """Arguments of a preset.
+
+    Examples
+    --------
+    >>> load_preset("google500")["epochs"]
+    120
+    """
+    if name not in presets_of(system):
+        raise UsageError(f"no preset of {system} is called {name!r}: there are {', '.join(presets_of(system))}")
+    folder = resources.files("contralto.systems.webly").joinpath("presets", system)
+    return dict(yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+@dataclass
+class Job:
+    """The stages of one job over its run folder, for those who want to call them one by one.
+
+    Parameters
+    ----------
+    data : str
+    out : Path
+    arguments : dict
+        All arguments of the job's function and of its system.
+    progress : bool
+
+    Attributes
+    ----------
+    name : str
+        Of the system, as in the registry.
+    system : type
+    fit : function
+        The whole job; its signature has the defaults.
+    extensions : tuple of str
+        Arguments that go beyond the paper.
+    before : dict
+        Stage -> the stage whose weights it starts with.
+    judging : str
+        Stage whose scores judge the labels.
+    """
+
+    data: str
+    out: Path
+    arguments: dict[str, Any]
+    progress: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
+
+    name: ClassVar[str]
+    system: ClassVar[type[WeblySystem]]
+    fit: ClassVar[Callable[..., Path]]
+    extensions: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[dict[str, str]]
+    judging: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        parameters = self.parameters()
+        unknown = sorted(set(self.arguments) - set(parameters))
+        if unknown:
+            raise UsageError(f"there is no argument {unknown[0]!r}")
+        defaults = {
+            k: p.default for k, p in parameters.items() if p.default is not p.empty and k not in ("progress", "stage")
+        }
+        self.arguments = defaults | self.arguments
+        if self.arguments["devices"] != 1:
+            raise UsageError("this job trains on one device; the system runs on several under a Trainer of your own")
+        self.console = Console(stderr=True, quiet=not self.progress)
+
+    @classmethod
+    def parameters(cls) -> dict[str, inspect.Parameter]:
+        """All arguments of system and job by name; those of the job win."""
+        return dict(inspect.signature(cls.system.__init__).parameters) | dict(inspect.signature(cls.fit).parameters)
+
+    @property
+    def cache(self) -> Path:
+        """Where features are kept."""
+        return Path(self.arguments["cache"] or self.out / "features")
+
+    # The run folder.
+
+    def claim(self) -> None:
+        """Make the folder, or make sure that it holds the same job."""
+        path = self.out / "config.json"
+        config: dict[str, Any] = {
+            "system": self.name,
+            "version": metadata.version("contralto"),
+            "data": self.data,
+            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())},
+            "extensions": self._extensions(),
+        }
+        if path.exists() and (self.out / "manifest").exists():
+            with naming(path):
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            ours, theirs = (
+                {k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before)
+            )
+            if before.get("data") != self.data or ours != theirs:
+                changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+                raise UsageError(
+                    f"{self.out} holds a run with other arguments ({', '.join(changed) or 'data'}): choose another --out, "
+                    f"or delete that folder"
+                )
+        elif not path.exists() and self.out.exists() and any(self.out.iterdir()):
+            raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.out)
+        self._write_json("config.json", config)
+        self._write_json("environment.json", environment())
+        if (self.out / "seconds.json").exists():
+            with naming(self.out / "seconds.json"):
+                self.seconds = dict(json.loads((self.out / "seconds.json").read_text(encoding="utf-8")))
+
+    def _extensions(self) -> list[str]:
+        return [e for e in self.extensions if self.arguments[e] != self.parameters()[e].default]
+
+    def _write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        write_atomically(self.out / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+    @contextmanager
+    def _timed(self, name: str, told: str) -> Iterator[None]:
+        self.console.print(f"[bold]{name}[/bold]  {told}", highlight=False, soft_wrap=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + round(time.perf_counter() - started, 2)
+        self._write_json("seconds.json", self.seconds)
+
+    # Data.
+
+    def ingest(self) -> Manifest:
+        """Read the data into the manifest of the run, once."""
+        a = self.arguments
+        folder = self.out / "manifest"
+        if not (folder / "manifest.parquet").exists():
+            with self._timed("ingest", f"reading {self.data}"):
+                classes = None if a["definitions"] is None else load_definitions(a["definitions"])
+                columns = {k: a[k] for k in a if k.endswith("_column")}
+                with self.console.status("reading") as status:
+                    manifest = ingest(
+                        self.data,
+                        classes=classes,
+                        **columns,
+                        image_filter=a["image_filter"],
+                        min_side=a["min_side"],
+                        blank_share=a["blank_share"],
+                        workers=a["workers"],
+                        allow_outside=a["allow_outside"],
+                        progress=lambda n: status.update(f"{n} pictures read") if n % 100 == 0 else None,
+                    )
+                filled, _ = fill_definitions(manifest.classes)
+                part = folder.with_name(".manifest.part")
+                Manifest(manifest.table, filled, manifest.root, manifest.skipped).save(part)
+                part.rename(folder)
+        self.manifest = Manifest.load(folder)
+        labels, trusted = self._trusted()
+        train = (self.manifest.column("split") == "train") & (labels >= 0)
+        test = (self.manifest.column("split") == "test") & (self.manifest.column("clean_label") >= 0)
+        if not train.any():
+            raise DataError("no picture has a given label and belongs to the split 'train'", file=self.data)
+        self.train_rows, self.test_rows = np.flatnonzero(train), np.flatnonzero(test)
+        self.labels, self.anchors = labels[self.train_rows], trusted[self.train_rows]
+        self.num_classes = len(self.manifest.classes)
+        if self.num_classes < 2:
+            raise DataError(f"at least two classes are needed, found {self.manifest.class_names}", file=self.data)
+        skipped, texts = self.manifest.skipped.num_rows, sum(bool(t.strip()) for t in self.manifest.texts)
+        self.console.print(
+            f"  {len(self.manifest)} pictures, {self.num_classes} classes, {texts} with text, {skipped} skipped; "
+            f"{len(self.train_rows)} to train on, {len(self.test_rows)} with clean test labels",
+            soft_wrap=True,
+        )
+        for key, value in scale_rule(len(self.train_rows), self.num_classes).items():
+            if self.arguments.get(key, value) is None:
+                self.arguments[key] = value
+        queue = self.arguments["queue_size"]
+        if queue < self.arguments["batch_size"] * self.arguments["devices"]:
+            raise UsageError(f"queue_size {queue} is smaller than a batch of {self.arguments['batch_size']}")
+        arguments = {k: v for k, v in self.arguments.items() if k not in FREE}
+        self._fingerprint = hashlib.sha256(
+            json.dumps([self.manifest.fingerprint(), arguments | {"cache": None}], sort_keys=True, default=str).encode()
+            + self.labels.tobytes()
+            + self.anchors.tobytes()
+        ).hexdigest()[:16]
+        return self.manifest
+
+    def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """The labels to learn from, of all rows of the manifest, and which of them hold for good."""
+        labels = self.manifest.labels.astype(np.int64)
+        return labels, np.zeros(len(labels), bool)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are pictures with clean labels to test on."""
+        return len(self.test_rows) > 0
+
+    def read_image(self, row: int) -> npt.NDArray[np.uint8]:
+        """Decode the picture of one row of the manifest."""
+        return decode_image(self.read_bytes(row))
+
+    def read_bytes(self, row: int) -> bytes:
+        """The encoded picture of one row of the manifest."""
+        if not hasattr(self, "_reader"):
+            self._reader = ByteReader(self.manifest.root)
+            names = ("source", "container", "member", "offset", "length")
+            self._places = list(zip(*(self.manifest.table.column(n).to_pylist() for n in names), strict=True))
+        return self._reader.read(*self._places[row])
+
+    # Encoder, views and features.
+
+    def encoder(self) -> ImageEncoder:
+        """The image encoder as it is before any training; a seeded one if it has no weights."""
+        a = self.arguments
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"])
+            return image_encoder(a["image_encoder"], pretrained=a["pretrained"], size=a["image_size"])
+
+    def _views(self, encoder: ImageEncoder) -> tuple[EvalView, View, View]:
+        a = self.arguments
+        size = a["image_size"] or encoder.size
+        normal = (encoder.mean, encoder.std)
+        return EvalView(size, a["crop"], *normal), weak_view(size, *normal), strong_view(size, *normal)
+
+    def features(self, encoder: ImageEncoder, rows: Array, view: View | EvalView, variant: int, told: str) -> Array:
+        """Features (N, D) of one view of some pictures, from the cache or computed."""
+        key = {
+            "encoder": encoder.fingerprint(), "view": repr(view), "variant": variant,
+            "rows": hashlib.sha256(rows.tobytes()).hexdigest(), "data": self.manifest.fingerprint(),
+        }  # fmt: skip
+
+        def compute() -> Array:
+            dataset = _Pictures(self.read_bytes, rows, view, 0, variant)
+            loader = DataLoader(dataset, batch_size=64, num_workers=0)
+            batches = track(
+                loader,
+                f"  {told}",
+                console=self.console,
+                transient=True,
+                disable=not (self.progress and self.console.is_terminal),
+                total=len(loader),
+            )
+            return encode_batches(encoder, batches, device=self._device())
+
+        return cached_array(self.cache, "image", key, compute)
+
+    def _device(self) -> str:
+        wanted = self.arguments["accelerator"]
+        if wanted in ("gpu", "cuda") or (wanted == "auto" and torch.cuda.is_available()):
+            return "cuda"
+        return "mps" if wanted == "mps" else "cpu"
+
+    # Training.
+
+    def _fields(self, stage: str, rows: Array | None = None, labels: Array | None = None) -> dict[str, Tensor]:
+        """All that a training learns from, besides pixels; `rows` and `labels` choose and replace."""
+        n = len(self.labels)
+        rows = np.arange(n) if rows is None else rows
+        labels = self.labels if labels is None else labels
+        fields = {
+            "label": torch.from_numpy(labels[rows]),
+            "anchor": torch.from_numpy(self.anchors[rows]),
+            "weight": torch.from_numpy(self._weights()[rows]),
+        }
+        return {k: torch.from_numpy(np.ascontiguousarray(v[rows])) for k, v in self._more(stage).items()} | fields
+
+    def _more(self, stage: str) -> dict[str, Array]:
+        """More of what a stage learns from, a row for every training picture."""
+        return {}
+
+    def _weights(self) -> npt.NDArray[np.float32]:
+        return np.ones(len(self.labels), np.float32)
+
+    def _lesson(self, stage: str) -> tuple[Array | None, Array | None]:
+        """Rows that a stage learns from, and other labels for all rows; None is all and the given ones."""
+        if stage == "finetune":
+            return np.flatnonzero(self.new_labels >= 0), np.maximum(self.new_labels, 0)
+        return None, None
+
+    def _draws(self, stage: str, rows: Array, labels: Array) -> dict[str, Array]:
+        """How an epoch is drawn from some rows: arguments of `EpochSampler`."""
+        return {"labels": labels} if self.arguments["class_balanced"] else {}
+
+    def _prototype_rows(self) -> Array:
+        """Rows whose embeddings set the prototypes."""
+        return np.flatnonzero(self.anchors)
+
+    def train(self, stage: str) -> Any:
+        """Train one stage, or load it if the run folder has it."""
+        a = self.arguments
+        epochs = self.system.stage_epochs(a, stage)
+        done = (self.out / "stages" / stage / "done.json").exists()
+        with self._timed(stage, "done before" if done else f"{epochs} epochs"):
+            encoder = self.encoder()
+            body: nn.Module = nn.Identity() if a["frozen_features"] else encoder
+            names = set(inspect.signature(self.system.__init__).parameters) - {"self", "stage"}
+            given = {k: v for k, v in a.items() if k in names}
+            module = self.system(body, self.num_classes, encoder.num_features, stage=stage, **given)
+            if stage in self.before:
+                module.load_state_dict(self.modules[self.before[stage]].state_dict())
+            loader = None if done else self._loader(encoder, stage, *self._lesson(stage))
+            module.anchor_batches = lambda: self._eval_batches(encoder, self._prototype_rows())
+            self._complete(module)
+            fit_stage(
+                module,
+                loader,
+                self.out / "stages" / stage,
+                epochs=epochs,
+                fingerprint=self._fingerprint,
+                checkpoint_every=a["checkpoint_every"],
+                progress=self.progress,
+                trainer={k: a[k] for k in ("accelerator", "devices", "precision", "strategy")},
+            )
+        self.modules[stage] = module
+        return module
+
+    def _complete(self, module: Any) -> None:
+        """What a module knows of the data besides its arguments."""
+
+    def _loader(self, encoder: ImageEncoder, stage: str, rows: Array | None, labels: Array | None) -> DataLoader[Any]:
+        a = self.arguments
+        chosen = np.arange(len(self.labels)) if rows is None else rows
+        fields = self._fields(stage, chosen, labels)
+        _, weak, strong = self._views(encoder)
+        views = [weak] if stage == "plain" else [weak, strong]
+        seed = a["seed"]
+        if a["frozen_features"]:
+            arrays = [
+                np.stack(
+                    [
+                        self.features(encoder, self.train_rows, v, i, f"{n} view {i + 1}")[chosen]
+                        for i in range(a["feature_views"])
+                    ]
+                )
+                for v, n in zip(views, ("weak", "strong"), strict=False)
+            ]
+            dataset: Any = FeatureDataset(arrays, fields, seed=seed)
+        else:
+            dataset = ImageDataset(lambda i: self.read_bytes(int(self.train_rows[chosen[i]])), fields, views, seed=seed)
+        sampler = EpochSampler(len(chosen), seed=seed, **self._draws(stage, chosen, fields["label"].numpy()))
+        return DataLoader(
+            dataset,
+            batch_size=min(a["batch_size"], len(sampler)),
+            sampler=sampler,
+            num_workers=0 if a["frozen_features"] else a["workers"],
+            collate_fn=_as_it_is if a["frozen_features"] else None,
+            drop_last=True,
+        )
+
+    def _eval_batches(self, encoder: ImageEncoder, rows: Array) -> Iterator[Batch]:
+        """Evaluation view (or its features) and given labels of some training rows."""
+        view, frozen = self._views(encoder)[0], self.arguments["frozen_features"]
+        features = self.features(encoder, self.train_rows, view, 0, "eval view") if frozen else None
+        for start in range(0, len(rows), 256):
+            part = rows[start : start + 256]
+            if features is not None:
+                x = torch.from_numpy(features[part].astype(np.float32))
+            else:
+                x = torch.stack([_Pictures(self.read_bytes, self.train_rows, view, 0, 0)[int(i)] for i in part])
+            more = {k: torch.from_numpy(np.ascontiguousarray(v[part])) for k, v in self._more(self.judging).items()}
+            yield more | {"views": [x], "label": torch.from_numpy(self.labels[part]), "index": torch.from_numpy(part)}
+
+    # What comes out.
+
+    def scores(self) -> dict[str, Array]:
+        """Scores of the training pictures: `classifier`, `auxiliary`, `prototype`, `fused` (N, C), `embedding` (N, dim)."""
+        module = self.modules[self.judging].eval().cpu()
+        encoder = self.encoder()
+        parts: dict[str, list[Tensor]] = {}
+        for batch in self._eval_batches(encoder, np.arange(len(self.labels))):
+            for key, value in module.score(batch["views"][0], batch.get("text_scores")).items():
+                parts.setdefault(key, []).append(value)
+        return {k: torch.cat(v).numpy() for k, v in parts.items()}
+
+    def judge(self, scores: dict[str, Array]) -> Correction:
+        """The verdict on every label, and the new labels, from `scores`."""
+        raise NotImplementedError
+
+    def clean(self) -> pa.Table:
+        """The cleaned list: a verdict, a new label and all scores for every training picture."""
+        with self._timed("cleaning", "judging every label"):
+            s = self.scores()
+            result = self.judge(s)
+            verdict = result.verdict.numpy()
+            self.new_labels = np.where(verdict == Verdict.OFF_TOPIC, -1, result.labels.numpy())
+            table = self._cleaned_table(s, verdict)
+            write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
+            write_cleaned_csv(table, self.out / "cleaned.csv")
+            self.embedding = s["embedding"]
+        return table
+
+    def _cleaned_table(self, s: dict[str, Array], verdict: Array) -> pa.Table:
+        names = np.array(self.manifest.class_names, dtype=object)
+        rows, given = np.arange(len(self.labels)), self.labels
+        best = s["fused"].argmax(1)
+        similarity = s["embedding"] @ self.modules[self.judging].prototypes.cpu().numpy().T
+        nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :3]
+        columns: dict[str, Any] = {
+            "index": self.train_rows,
+            "id": self.manifest.column("id")[self.train_rows].tolist(),
+            "given": names[given].tolist(),
+            "verdict": [Verdict(int(v)).word for v in verdict],
+            "new": [names[n] if n >= 0 else "" for n in self.new_labels],
+        }
+        for prefix, labels in (("given", given), ("new", best)):
+            for score in ("classifier", "auxiliary", "prototype", "fused"):
+                columns[f"{prefix}_{score}"] = s[score][rows, labels].astype(np.float32)
+        return pa.table(
+            columns
+            | {
+                **self._text_columns(),
+                "nearest_prototypes": [names[n].tolist() for n in nearest],
+                "nearest_similarities": [
+                    similarity[i, n].astype(float).round(4).tolist() for i, n in enumerate(nearest)
+                ],
+                "p_wrong": self._p_wrong(s["fused"][rows, given]).astype(np.float32),
+                "p_off_topic": self._p_off_topic(),
+            }
+        )
+
+    def _text_columns(self) -> dict[str, Any]:
+        """How well each text fits its label, and its rank in the class; null where texts have no part."""
+        n = len(self.labels)
+        return {"text_match": pa.nulls(n, pa.float32()), "text_rank": pa.nulls(n, pa.int64())}
+
+    def _p_wrong(self, given: Array) -> Array:
+        """Probability that labels are wrong, from the fused scores of the given classes."""
+        return probability_wrong(given)
+
+    def _p_off_topic(self) -> pa.Array:
+        """Probability that pictures show none of the classes; null where nothing says so."""
+        return pa.nulls(len(self.labels), pa.float32())
+
+    def draw_map(self) -> None:
+        """Two-dimensional map of at most 3,000 pictures and the prototypes, by t-SNE."""
+        from sklearn.manifold import TSNE
+
+        embedding = self.embedding
+        rng = np.random.default_rng([self.arguments["seed"], 2])
+        rows = np.sort(rng.permutation(len(embedding))[:3000])
+        points = np.concatenate([embedding[rows], self.modules[self.judging].prototypes.cpu().numpy()])
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        xy = TSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0, method="barnes_hut").fit_transform(
+            points
+        )
+        index = np.concatenate([self.train_rows[rows], -1 - np.arange(self.num_classes)])
+        table = pa.table({"index": index, "x": xy[:, 0].astype(np.float32), "y": xy[:, 1].astype(np.float32)})
+        write_atomically(self.out / "map.parquet", lambda path: pq.write_table(table, path))
+
+    def save_model(self) -> WebClassifier:
+        """Write `model/`: weights, configuration and a model card, for `contralto.load`."""
+        a, final, encoder = self.arguments, self.modules["finetune"], self.encoder()
+        if not a["frozen_features"]:
+            encoder.load_state_dict(final.encoder.state_dict())
+        size = a["image_size"] or encoder.size
+        config = {
+            "encoder": a["image_encoder"], "num_features": encoder.num_features, "size": size, "crop": a["crop"],
+            "mean": list(encoder.mean), "std": list(encoder.std), "classes": self.manifest.class_names,
+            "hidden": a["hidden"], "dim": a["dim"], "temperature": a["temperature"],
+        }  # fmt: skip
+        model = WebClassifier(config, encoder)
+        model.classifier.load_state_dict(final.classifier.state_dict())
+        model.projector.load_state_dict(final.projector.state_dict())
+        model.prototypes.copy_(final.prototypes)
+        self.model = model.eval()
+        model.save(self.out / "model")
+        return model
+
+    def evaluate(self) -> dict[str, Any]:
+        """Compare with plain training on the clean test part, judge the noise list and the anchors; write `metrics.json`."""
+        with self._timed("evaluation", "on the clean labels" if self.has_test else "no clean test labels"):
+            table = pq.read_table(self.out / "cleaned.parquet")
+            verdicts = table.column("verdict").to_pylist()
+            metrics: dict[str, Any] = {"counts": {v.word: verdicts.count(v.word) for v in Verdict}}
+            if self.has_test:
+                metrics["test"] = self._test_metrics()
+            clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
+            if (clean != -2).any():
+                metrics["noise"] = noise_metrics(
+                    self.labels, clean, self.new_labels, flagged(verdicts), table.column("p_wrong").to_numpy()
+                )
+                right = (self.labels == clean)[self.anchors & (clean != -2)]
+                metrics["anchors"] = {"count": int(self.anchors.sum()), "precision": float(right.mean())}
+        metrics["time"] = self.seconds
+        metrics["memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        self._write_json("metrics.json", metrics)
+        self.metrics = metrics
+        card = model_card(
+            SYSTEMS[self.name].title,
+            self.manifest.class_names,
+            self.arguments,
+            self._extensions(),
+            metrics,
+            len(self.labels),
+            self.model.config["size"],
+        )
+        write_atomically(self.out / "model" / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+        return metrics
+
+    def _test_metrics(self) -> dict[str, Any]:
+        labels = self.manifest.column("clean_label")[self.test_rows].astype(np.int64)
+        groups = self.manifest.column("group")[self.test_rows]
+        encoder = self.encoder()
+        probabilities = {"model": self.predict_rows("finetune", encoder, self.test_rows)}
+        if "plain" in self.modules:
+            probabilities["plain"] = self.predict_rows("plain", encoder, self.test_rows)
+        predictions = {k: p.argmax(1) for k, p in probabilities.items()}
+        out: dict[str, Any] = {"n": len(labels)}
+        for name, predicted in predictions.items():
+            out[name] = _intervals((predicted == labels).astype(float), labels, groups)
+            confidence = probabilities[name].max(1)
+            out[name]["calibration_error"] = calibration_error(predicted == labels, confidence)
+        columns = {
+            "index": self.test_rows, "id": self.manifest.column("id")[self.test_rows].tolist(), "group": groups.tolist(),
+            "label": labels, "predicted": predictions["model"], "confidence": probabilities["model"].max(1),
+        }  # fmt: skip
+        if "plain" in predictions:
+            both = (predictions["model"] == labels).astype(float) - (predictions["plain"] == labels).astype(float)
+            out["difference"] = _intervals(both, labels, groups)
+            columns["plain"] = predictions["plain"]
+        table = pa.table(columns)
+        write_atomically(self.out / "test_predictions.parquet", lambda path: pq.write_table(table, path))
+        return out
+
+    def predict_rows(self, stage: str, encoder: ImageEncoder, rows: Array) -> Array:
+        """Class probabilities (N, C) of some rows of the manifest by the classifier of a stage."""
+        module = self.modules[stage].eval().cpu()
+        view = self._views(encoder)[0]
+        if self.arguments["frozen_features"]:
+            features = self.features(encoder, rows, view, 0, "test view")
+            with torch.inference_mode():
+                return np.asarray(module(torch.from_numpy(features.astype(np.float32))).numpy())
+        dataset = _Pictures(self.read_bytes, rows, view, 0, 0)
+        with torch.inference_mode():
+            return np.asarray(torch.cat([module(x) for x in DataLoader(dataset, batch_size=64)]).numpy())
+
+    def report(self) -> Path:
+        """Write `report.html`."""
+        from contralto.review.report import write_report
+
+        with self._timed("report", "map and page"):
+            if not (self.out / "map.parquet").exists():
+                self.draw_map()
+            return write_report(self.out, read_image=self.read_image)
+
+
+def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, macro in (("accuracy", False), ("macro", True)):
+        value, low, high = accuracy_interval(correct, labels, groups=groups, macro=macro)
+        out |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return out
+
+
+class _Pictures(torch.utils.data.Dataset[Tensor]):
+    """One view of some rows, for encoding; `variant` stands for the epoch in the drawing of views."""
+
+    def __init__(
+        self, read: Callable[[int], bytes], rows: Array, view: View | EvalView, seed: int, variant: int
+    ) -> None:
+        self.read, self.rows, self.view, self.seed, self.variant = read, rows, view, seed, variant
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor:
+        row = int(self.rows[i])
+        generator = view_generator(self.seed, self.variant, row, int(isinstance(self.view, View)))
+        return draw_views(self.read(row), [self.view], [generator])[0]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
