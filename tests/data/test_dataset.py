@@ -75,3 +75,19 @@ def test_feature_views_are_chosen_by_seed_and_epoch_alone():
     for view, array in zip(whole["views"], arrays, strict=True):
         for i in range(20):
             assert any(np.array_equal(view[i].numpy(), array[v, i]) for v in range(3))
+
+
+def test_an_epoch_of_halves_has_half_of_every_group_and_all_of_the_trusted():
+    groups = np.array([0] * 5 + [1] * 4 + [-1] * 3)
+    sampler = EpochSampler(len(groups), seed=0, halves=groups)
+    epochs = []
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        rows = [row for _, row in sampler]
+        assert len(rows) == len(set(rows)) == len(sampler) == 3 + 2 + 3
+        assert np.bincount(groups[rows] + 1).tolist() == [3, 3, 2]
+        epochs.append(rows)
+    seen = np.bincount(np.concatenate(epochs), minlength=12)
+    assert (seen[9:] == 40).all()
+    assert (np.abs(seen[:5] - 24) < 12).all()  # 3 of 5
+    assert (np.abs(seen[5:9] - 20) < 12).all()

@@ -164,3 +164,20 @@ def test_norms_are_folded_into_convolutions_only_where_that_changes_nothing(enco
         torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     assert folds != any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert (folded is encoder) != folds
+
+
+def test_bilinear_features_are_the_root_of_the_mean_outer_product_of_a_vggs_last_convolution():
+    encoder = image_encoder("bilinear/vgg11", pretrained=False).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        found = encoder(x)
+        layers = list(encoder.backbone.backbone.features)
+        assert isinstance(layers[-1], nn.Identity)
+        for layer in layers:
+            x = layer(x)
+    assert x.shape == (1, 512, 4, 4)
+    outer = torch.stack([torch.outer(x[0, :, i, j], x[0, :, i, j]) for i in range(4) for j in range(4)]).mean(0)
+    expected = (outer + 1e-5).sqrt().flatten()
+    torch.testing.assert_close(found[0], expected / expected.norm())
+    assert found.shape == (1, encoder.num_features)
+    assert sum(p.numel() for p in encoder.parameters()) < 10e6  # the backbone's own classifier is gone

@@ -37,7 +37,7 @@ from contralto.data.manifest import Manifest
 from contralto.data.sources import ByteReader
 from contralto.encoders.features import cached_array, encode_batches
 from contralto.encoders.image import ImageEncoder, image_encoder
-from contralto.errors import DataError, UsageError
+from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import naming, remove_leftovers, write_atomically
@@ -341,6 +341,11 @@ class Job:
     def _lesson(self, stage: str) -> tuple[Array | None, Array | None]:
         """Rows that a stage learns from, and other labels for all rows; None is all and the given ones."""
         if stage == "finetune":
+            if (self.new_labels < 0).all():
+                raise ContraltoError(
+                    f"every picture was judged off-topic, so nothing is left to fine-tune on: see {self.out / 'cleaned.csv'}; "
+                    f"a lower threshold, or more trusted pictures, may help"
+                )
             return np.flatnonzero(self.new_labels >= 0), np.maximum(self.new_labels, 0)
         return None, None
 
