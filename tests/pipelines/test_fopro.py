@@ -118,7 +118,8 @@ def test_an_interrupted_job_goes_on_and_ends_the_same(finished, tiny_parquet, sh
 
 def test_planted_wrong_labels_are_found_and_clean_labels_change_nothing(tiny_parquet, shots, tmp_path):
     arguments = FROZEN | {
-        "epochs": 30, "lr": 0.3, "init_proto_epoch": 5, "start_clean_epoch": 7, "relation_clean_epoch": 8, "baseline": False,
+        "epochs": 40, "lr": 0.3, "batch_size": 8, "init_proto_epoch": 8, "start_clean_epoch": 10, "relation_clean_epoch": 11,
+        "baseline": False,
     }  # fmt: skip
     run = fit_fopro(str(tiny_parquet), tmp_path / "a", shots=shots, **arguments)
     noise = json.loads((run / "metrics.json").read_text())["noise"]
