@@ -458,17 +458,16 @@ def reproduce(
         seeds: Number of paired trainings, from seed 0.
         quick: A small version that says nothing about the claim, for a look at the machinery.
     """
-    from contralto.claims.capro import points, reproduce_capro
+    from contralto.claims.runner import get_claim, points
 
-    if system != "capro":
-        raise UsageError(f"no claim of {system!r} can be run; there is: capro")
-    result = reproduce_capro(out, data=data, seeds=seeds, quick=quick, progress=show)
+    result: dict[str, Any] = get_claim(system)(out, data=data, seeds=seeds, quick=quick, progress=show)
     if show:
-        table = _table("data", "method", "baseline", "mean over classes", "ambiguous classes", "verdict")
-        for name, found in result["data"].items():
-            for c in found["comparisons"]:
-                shown = [points(c[key]) for key in ("macro", "macro_ambiguous")]
-                table.add_row(name, c["method"], c["baseline"], *shown, c["verdict"])
+        every = [(name, c) for name, found in result["data"].items() for c in found["comparisons"]]
+        parts = [k for k in every[0][1] if k.startswith("macro")]
+        told = ["mean over classes" if k == "macro" else f"{k.removeprefix('macro_')} classes" for k in parts]
+        table = _table("data", "method", "baseline", *told, "verdict")
+        for name, c in every:
+            table.add_row(name, c["method"], c["baseline"], *(points(c[k]) for k in parts), c["verdict"])
         _console().print(table)
         _console().print("\n".join(f"{name}: {found['verdict']}" for name, found in result["data"].items()))
     return result

@@ -12,7 +12,9 @@ from contralto.encoders.text import text_encoder
 from contralto.errors import ContraltoError, UsageError
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet14", "resnet18-small", "timm/resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["conv4", "resnet8", "resnet14", "resnet18-small", "timm/resnet18", "vit_tiny_patch16_224"]
+)
 def test_every_image_encoder_keeps_the_contract(name):
     encoder = image_encoder(name, pretrained=False, size=32).eval()
     x = torch.randn(2, 3, 32, 32)

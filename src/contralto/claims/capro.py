@@ -34,17 +34,15 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
 
+from contralto.claims.runner import compare, demand_plots, points, save
 from contralto.data.definitions import load_definitions
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
-from contralto.errors import DataError, MissingExtraError, UsageError
-from contralto.evaluation.classification import accuracy_interval, per_class_accuracy
-from contralto.evaluation.noise import noise_metrics
+from contralto.errors import DataError, UsageError
+from contralto.evaluation.classification import per_class_accuracy
 from contralto.files import write_atomically
 from contralto.pipelines.capro import CAProJob
 from contralto.pipelines.job import load_preset
-from contralto.pipelines.outputs import environment
-from contralto.prototypes.correction import flagged
 from contralto.systems.webly.base import scale_rule
 from contralto.systems.webly.capro import Stage
 
@@ -54,7 +52,6 @@ __all__ = [
     "ambiguous_classes",
     "choose_rates",
     "markdown",
-    "points",
     "reproduce_capro",
     "right_share",
     "shared_manifest",
@@ -125,29 +122,14 @@ def reproduce_capro(
     dict
         By data set: accuracies of all arms by seed, comparisons with intervals, verdict.
     """
-    try:
-        import matplotlib  # noqa: F401 (asked for before the work, not after it)
-    except ImportError as error:
-        raise MissingExtraError("the picture of a claim", extra="plots") from error
+    demand_plots()
     names = [data] if data is not None else ["web_icons", *(["fashion_web"] if _fashion() is not None else [])]
     if data is None and len(names) == 1:
         Console(stderr=True).print("fashion_web is left out: CONTRALTO_DATA does not name a folder that holds it")
-    chosen = range(1 if quick else seeds)
-    results = {name: _compare(name, list(chosen), Path(work), quick, progress) for name in names}
-    result = {
-        "claim": "anchors chosen by text, prototypes and bootstrapping beat plain training on noisy web labels",
-        "command": f"contralto reproduce capro --seeds {seeds}",
-        "seeds": list(chosen),
-        "environment": environment(),
-        "data": results,
-    }
-    if not quick:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomically(folder / "capro.json", lambda path: path.write_text(text, encoding="utf-8"))
-        _draw(results, folder / "capro.png")
-    return result
+    seeds = 1 if quick else seeds
+    results = {name: _compare(name, list(range(seeds)), Path(work), quick, progress) for name in names}
+    claim = "anchors chosen by text, prototypes and bootstrapping beat plain training on noisy web labels"
+    return save("capro", claim, seeds, results, None if quick else Path(out))
 
 
 def choose_rates(
@@ -244,11 +226,10 @@ def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, 
         job.train("vanilla")
         job.match()
         job.train("capro")
-        table = job.clean()
+        job.clean()
         job.train("finetune")
         clean = manifest.column("clean_label")[job.train_rows].astype(np.int64)
-        marked, p_wrong = flagged(table.column("verdict").to_pylist()), table.column("p_wrong").to_numpy()
-        found["noise"] = noise_metrics(job.labels, clean, job.new_labels, marked, p_wrong)
+        found["noise"] = job.noise()
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
     found["predicted"] = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1).tolist()
     shutil.rmtree(folder / "stages")
@@ -274,7 +255,6 @@ def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: boo
     labels, groups = np.array(found["plain"][0]["labels"]), np.array(found["plain"][0]["groups"])
     manifest = Manifest.load(shared)
     hard = ambiguous_classes(manifest)
-    on_hard = hard[labels]
     right = {arm: np.array([np.array(f["predicted"]) == labels for f in found[arm]], dtype=float) for arm in ARMS}
     arms = {}
     for arm in ARMS:
@@ -284,21 +264,7 @@ def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: boo
             "macro": [_macro(f) for f in found[arm]],
             "macro_ambiguous": [_macro(f, hard) for f in found[arm]],
         } | ({k: [f[k] for f in found[arm]] for k in ("noise", "anchors")} if "noise" in found[arm][0] else {})
-    comparisons = []
-    for method, baseline in COMPARISONS:
-        difference = right[method] - right[baseline]
-        entry: dict[str, Any] = {"method": method, "baseline": baseline}
-        parts: tuple[tuple[str, npt.NDArray[np.bool_], bool], ...] = (
-            ("accuracy", np.ones(len(labels), bool), False),
-            ("macro", np.ones(len(labels), bool), True),
-            ("macro_ambiguous", on_hard, True),
-        )
-        for key, keep, macro in parts:
-            value = accuracy_interval(difference[:, keep], labels[keep], groups=groups[keep], macro=macro)
-            entry[key] = value._asdict()
-        low, high = entry["macro"]["low"], entry["macro"]["high"]
-        entry["verdict"] = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
-        comparisons.append(entry)
+    comparisons = compare(right, COMPARISONS, labels, groups, {"ambiguous": hard[labels]})
     return {
         "test_images": len(labels),
         "ambiguous": [n for n, h in zip(manifest.class_names, hard, strict=True) if h],
@@ -345,38 +311,3 @@ def markdown(result: dict[str, Any]) -> str:
                 told = [points(c["macro"]), points(c["macro_ambiguous"]), c["verdict"]]
             lines.append(f"| {name} | {arm} | {100 * np.mean(values['macro']):.1f} | {' | '.join(told)} |")
     return "\n".join(lines)
-
-
-def points(v: dict[str, float]) -> str:
-    """A difference of accuracies with its interval, in points.
-
-    Examples
-    --------
-    >>> points({"value": 0.012, "low": -0.005, "high": 0.03})
-    '+1.2 [-0.5, +3.0]'
-    """
-    return f"{100 * v['value']:+.1f} [{100 * v['low']:+.1f}, {100 * v['high']:+.1f}]"
-
-
-def _draw(results: dict[str, Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.4), squeeze=False, layout="constrained")
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for place, entry in enumerate(reversed(result["comparisons"])):
-            for key, shift, colour in (("macro", 0.12, "#1f5fa8"), ("macro_ambiguous", -0.12, "#c26a1b")):
-                v = entry[key]
-                axis.plot([100 * v["low"], 100 * v["high"]], [place + shift] * 2, color=colour, lw=2)
-                legend = {"macro": "all classes", "macro_ambiguous": "ambiguous classes"}[key] if place == 0 else None
-                axis.plot(100 * v["value"], place + shift, "o", color=colour, label=legend)
-        told = [f"{e['method']}\nagainst {e['baseline']}" for e in reversed(result["comparisons"])]
-        axis.set_yticks(range(len(told)), told, fontsize=8)
-        axis.axvline(0, color="grey", lw=0.8)
-        axis.set_xlabel("points of accuracy, mean over classes", fontsize=8)
-        axis.set_title(f"{name}: {result['verdict']}", fontsize=10)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

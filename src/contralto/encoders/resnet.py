@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-__all__ = ["SmallResNet"]
+__all__ = ["Conv4", "SmallResNet"]
 
 
 class SmallResNet(nn.Module):
@@ -38,6 +38,34 @@ class SmallResNet(nn.Module):
         """Pixels (N, 3, H, W) to features (N, num_features)."""
         features: Tensor = self.layers(x).mean((2, 3))
         return features
+
+
+class Conv4(nn.Sequential):
+    """Four blocks of 3 x 3 convolution, batch norm, ReLU and halving of the sides: the small network of few-shot papers.
+
+    Parameters
+    ----------
+    width : int
+        Channels, and features.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Conv4(64)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 64])
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        layers: list[nn.Module] = []
+        for channels in (3, width, width, width):
+            layers += [
+                nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.num_features = width
 
 
 class _Block(nn.Module):

@@ -548,9 +548,7 @@ class Job:
                 metrics["test"] = self._test_metrics()
             clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
             if (clean != -2).any():
-                metrics["noise"] = noise_metrics(
-                    self.labels, clean, self.new_labels, flagged(verdicts), table.column("p_wrong").to_numpy()
-                )
+                metrics["noise"] = self.noise()
                 right = (self.labels == clean)[self.anchors & (clean != -2)]
                 metrics["anchors"] = {"count": int(self.anchors.sum()), "precision": float(right.mean())}
         metrics["time"] = self.seconds
@@ -568,6 +566,13 @@ class Job:
         )
         write_atomically(self.out / "model" / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
         return metrics
+
+    def noise(self) -> dict[str, float]:
+        """How good the cleaned list is, by the clean labels."""
+        table = pq.read_table(self.out / "cleaned.parquet")
+        clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
+        marked = flagged(table.column("verdict").to_pylist())
+        return noise_metrics(self.labels, clean, self.new_labels, marked, table.column("p_wrong").to_numpy())
 
     def _test_metrics(self) -> dict[str, Any]:
         labels = self.manifest.column("clean_label")[self.test_rows].astype(np.int64)
