@@ -46,7 +46,7 @@ from contralto.prototypes.bank import ema_update, prototype_logits
 from contralto.prototypes.correction import Correction, correct_labels
 from contralto.systems.webly.base import WeblySystem, instance_contrast, label_loss, lr_factor
 
-__all__ = ["EXTENSIONS", "CAPro", "Stage", "bootstrapping_target"]
+__all__ = ["EXTENSIONS", "CAPro", "Stage", "StagedCAPro", "bootstrapping_target", "bootstrapping_weights"]
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
 
@@ -54,7 +54,57 @@ EXTENSIONS = ("text_weight", "keep_threshold", "class_balanced", "reconcile")
 """Arguments that go beyond the paper; off by default."""
 
 
-class CAPro(WeblySystem):
+class StagedCAPro(WeblySystem):
+    """Stages, rates and freezing of both forms of CAPro, with one label and with several."""
+
+    stages = ("plain", "vanilla", "capro", "finetune")
+
+    def on_train_epoch_start(self) -> None:
+        """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""
+        h, epoch = self.arguments, self.current_epoch
+        rate, warmup = self._rate_and_warmup()
+        self.set_rate(rate * lr_factor(epoch, warmup, self.stage_epochs(h, h.stage)))
+        if h.stage == "finetune":
+            freeze(self.encoder)
+        elif h.stage == "capro":
+            self.freeze_encoder_until(epoch, h.frozen_encoder_epoch)
+        if h.stage == "capro" and self.sets_prototypes(epoch):
+            self.init_prototypes()
+
+    def sets_prototypes(self, epoch: int) -> bool:
+        """Whether prototypes are set from the anchors at the start of an epoch."""
+        return bool(epoch == self.arguments.init_proto_epoch)
+
+    def configure_optimizers(self) -> Any:
+        """SGD on all but the momentum encoder."""
+        trained = [p for name, p in self.named_parameters() if not name.startswith("momentum_encoder.")]
+        return torch.optim.SGD(
+            trained, lr=self._rate_and_warmup()[0], momentum=0.9, weight_decay=self.arguments.weight_decay
+        )
+
+    def _rate_and_warmup(self) -> tuple[float, int]:
+        h = self.arguments
+        plain = h.vanilla_lr if h.plain_lr is None else h.plain_lr
+        by_stage: dict[str, tuple[float, int]] = {
+            "plain": (plain, h.vanilla_warmup_epochs),
+            "vanilla": (h.vanilla_lr, h.vanilla_warmup_epochs),
+            "capro": (h.lr, h.warmup_epochs),
+            "finetune": (h.finetune_lr, 0),
+        }
+        return by_stage[h.stage]
+
+    @staticmethod
+    def stage_epochs(arguments: Any, stage: str) -> int:
+        """Epochs of a stage; plain training gets as many as the other three together."""
+        parts = {
+            "vanilla": arguments["vanilla_epochs"],
+            "capro": arguments["epochs"],
+            "finetune": arguments["finetune_epochs"],
+        }
+        return int(sum(parts.values()) if stage == "plain" else parts[stage])
+
+
+class CAPro(StagedCAPro):
     """The network of CAPro and one training step of each of its stages.
 
     Parameters
@@ -127,8 +177,6 @@ class CAPro(WeblySystem):
     >>> sorted(system.step(batch, epoch=0))
     ['loss', 'loss_aux', 'loss_cls', 'loss_ins', 'loss_recn']
     """
-
-    stages = ("plain", "vanilla", "capro", "finetune")
 
     def __init__(
         self,
@@ -354,48 +402,10 @@ class CAPro(WeblySystem):
         other = label_loss(logits, label[order], None if soft is None else soft[order])
         return (share * label_loss(logits, label, soft) + (1 - share) * other).mean()
 
-    # What the trainer calls.
-
-    def on_train_epoch_start(self) -> None:
-        """Rate of the epoch; frozen or released encoder; prototypes from the anchors when it is time."""
-        h, epoch = self.arguments, self.current_epoch
-        rate, warmup = self._rate_and_warmup()
-        self.set_rate(rate * lr_factor(epoch, warmup, self.stage_epochs(h, h.stage)))
-        if h.stage == "finetune":
-            freeze(self.encoder)
-        elif h.stage == "capro":
-            self.freeze_encoder_until(epoch, h.frozen_encoder_epoch)
-        again = h.update_proto_freq == 0 and epoch > h.init_proto_epoch
-        if h.stage == "capro" and (epoch == h.init_proto_epoch or again):
-            self.init_prototypes()
-
-    def configure_optimizers(self) -> Any:
-        """SGD on all but the momentum encoder."""
-        trained = [p for name, p in self.named_parameters() if not name.startswith("momentum_encoder.")]
-        return torch.optim.SGD(
-            trained, lr=self._rate_and_warmup()[0], momentum=0.9, weight_decay=self.arguments.weight_decay
-        )
-
-    def _rate_and_warmup(self) -> tuple[float, int]:
+    def sets_prototypes(self, epoch: int) -> bool:
+        """When it is time; without updates, at the start of every later epoch too."""
         h = self.arguments
-        plain = h.vanilla_lr if h.plain_lr is None else h.plain_lr
-        by_stage: dict[str, tuple[float, int]] = {
-            "plain": (plain, h.vanilla_warmup_epochs),
-            "vanilla": (h.vanilla_lr, h.vanilla_warmup_epochs),
-            "capro": (h.lr, h.warmup_epochs),
-            "finetune": (h.finetune_lr, 0),
-        }
-        return by_stage[h.stage]
-
-    @staticmethod
-    def stage_epochs(arguments: Any, stage: str) -> int:
-        """Epochs of a stage; plain training gets as many as the other three together."""
-        parts = {
-            "vanilla": arguments["vanilla_epochs"],
-            "capro": arguments["epochs"],
-            "finetune": arguments["finetune_epochs"],
-        }
-        return int(sum(parts.values()) if stage == "plain" else parts[stage])
+        return super().sets_prototypes(epoch) or (h.update_proto_freq == 0 and epoch > h.init_proto_epoch)
 
 
 def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
@@ -423,9 +433,14 @@ def bootstrapping_target(z: Tensor, keys: Tensor, votes: Tensor) -> Tensor:
     tensor([[1.0000e+00, 5.0000e-08],
             [5.0000e-01, 5.0000e-01]])
     """
-    share = (z.detach() @ keys.T).clamp(0, 1) + 1e-7
-    target = ((share / share.sum(1, keepdim=True)) @ votes).clamp(0, 1)
+    target = (bootstrapping_weights(z, keys) @ votes).clamp(0, 1)
     return target / target.sum(1, keepdim=True)
+
+
+def bootstrapping_weights(z: Tensor, keys: Tensor) -> Tensor:
+    """The share (B, Q) that every key has in the soft label of every sample; rows sum to 1 (see `bootstrapping_target`)."""
+    share = (z.detach() @ keys.T).clamp(0, 1) + 1e-7
+    return share / share.sum(1, keepdim=True)
 
 
 def _neighbour_target(v: Tensor, logits: Tensor, k: int = 10) -> Tensor:
