@@ -9,8 +9,8 @@ views, class-balanced draws and number of steps; over features of the frozen, pr
 same linear classifier. `small network` rows train a ResNet-8 from scratch, end to end. Ablations and trained
 networks have three seeds.
 
-The rows *vanilla stage* and *not fine-tuned* are the classifier of an earlier stage, which has had fewer steps. Over frozen
-features the vanilla stage is plain training: its other losses do not reach the classifier there.
+*vanilla stage* stops after that stage of CAPro, and rows *not fine-tuned* are the classifier before the last stage: both have had
+fewer steps. Over frozen features the vanilla stage is plain training: its other losses do not reach the classifier there.
 
 Learning rates: every arm has the best of the same grid (arms that only choose anchors otherwise have that of `capro`, those of
 `contralto clean` that of `plain`) by the
@@ -20,6 +20,8 @@ at once, at the end.
 
 `clean --probs` and `clean --embeddings` are the list of `contralto clean` from out-of-fold probabilities (those that cleanlab
 gets) or the features, and plain training on the labels that it hands back.
+
+`pairs` in the JSON are differences between two arms, by the seeds that both have.
 
 Share of the gap = (arm - plain) / (ceiling - plain), mean over classes. Intervals: bootstrap over seeds and groups of test
 pictures. Hard classes: at most three quarters (`web_icons`: under half) of the pictures are right. Needs `contralto[bench]`.
@@ -39,6 +41,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contralto.claims.capro import DEVELOPMENT_SEED, right_share, shared_manifest
+from contralto.claims.runner import compare
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.evaluation.classification import accuracy_interval, calibration_error, per_class_accuracy
@@ -71,6 +74,7 @@ JOBS = {
 }
 # Arms with fewer seeds, and whose learning rate they have.
 ABLATIONS = {
+    "vanilla stage": "capro",
     "random anchors": "capro",
     "capro, no enhancement": "capro",
     "capro, match rerank": "capro",
@@ -79,7 +83,12 @@ ABLATIONS = {
     "clean --embeddings": "plain",
 }
 FEW_SEEDS = 3
-EARLY = {"capro": ("vanilla stage", "not fine-tuned"), "capro+reconcile": ("not fine-tuned",)}  # rows of earlier stages
+PAIRS = (
+    *[("capro", a) for a in ("random anchors", "capro, no enhancement", "capro, match rerank", "capro, match cosine")],
+    ("capro+reconcile", "plain on reconciled"), ("capro+reconcile", "clean --probs"), ("capro+reconcile", "clean --embeddings"),
+    ("clean --probs", "cleanlab"), ("clean --embeddings", "cleanlab"),
+)  # fmt: skip
+UNTUNED = ("capro", "capro+reconcile")  # the classifier before fine-tuning has a row too
 GRID = (0.001, 0.003)
 RATES = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
 SMALL_NETWORK = {
@@ -172,7 +181,10 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
     job.arguments["anchors"] = -anchors if arguments["anchors"] == -1 else anchors
     clean = job.manifest.column("clean_label")[job.train_rows].astype(np.int64)
     found = {}
-    if arm in SIMPLE:
+    if arm == "vanilla stage":
+        job.train("vanilla")
+        stage = "vanilla"
+    elif arm in SIMPLE:
         prepare(job, arm, clean)
         job.train("plain")
         stage = "plain"
@@ -191,14 +203,14 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
         job.match()
         job.train("capro")
         table = job.clean()
-        for early, before in (("vanilla stage", "vanilla"), ("not fine-tuned", "capro")):
-            found[early] = answers(job.predict_rows(before, job.encoder(), job.test_rows))
+        found["not fine-tuned"] = answers(job.predict_rows("capro", job.encoder(), job.test_rows))
         job.train("finetune")
         stage = "finetune"
         p_wrong, new = table.column("p_wrong").to_numpy(), job.new_labels
         marked = flagged(table.column("verdict").to_pylist())
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
-    found["list"] = noise_metrics(job.labels, clean, new, marked, p_wrong)
+    if stage != "vanilla":
+        found["list"] = noise_metrics(job.labels, clean, new, marked, p_wrong)
     probability = job.predict_rows(stage, job.encoder(), job.test_rows)
     found |= answers(probability)
     if development:
@@ -368,14 +380,20 @@ def summarise(name: str, network: str, arms: dict, rates: dict, work: Path) -> d
         if "anchors" in found[0]:
             row["anchor_precision"] = float(np.mean([f["anchors"] for f in found]))
         out[arm] = row
+    pairs = []
+    for pair in PAIRS:
+        if all(arm in right for arm in pair):
+            seeds = min(len(right[arm]) for arm in pair)
+            both = {arm: right[arm][:seeds] for arm in pair}
+            pairs.append(compare(both, [pair], labels, groups)[0] | {"seeds": seeds})
     named = [n for n, h in zip(manifest.class_names, hard, strict=True) if h]
     return {
-        "network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out, "environment": environment()
+        "network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out, "pairs": pairs, "environment": environment()
     }  # fmt: skip
 
 
 def arms_of(name: str, network: str) -> list[str]:
-    arms = [*SIMPLE, *JOBS] if network == "frozen features" else list(NETWORK_ARMS)
+    arms = [*SIMPLE, "vanilla stage", *JOBS] if network == "frozen features" else list(NETWORK_ARMS)
     return [a for a in arms if name != "cifar10n" or a not in NEEDS_TEXT]
 
 
@@ -479,10 +497,9 @@ def main() -> None:
             by_arm = {}
             for arm in arms:
                 by_arm[arm] = [f for f, t in zip(found, tasks, strict=True) if t[2] == arm]
-                for early in EARLY.get(arm, ()):
-                    if all(early in f for f in by_arm[arm]):
-                        row = f"{arm}, {early}"
-                        by_arm[row], rates[row] = [f | f[early] for f in by_arm[arm]], rates[arm]
+                if arm in UNTUNED:
+                    row = f"{arm}, not fine-tuned"
+                    by_arm[row], rates[row] = [f | f["not fine-tuned"] for f in by_arm[arm]], rates[arm]
             results[f"{name}, {network}"] = summarise(name, network, by_arm, rates, a.work)
             told = {
                 "command": "python benchmarks/webly.py" + (" --full" if a.full else ""),
