@@ -388,7 +388,8 @@ def summarise(name: str, network: str, arms: dict, rates: dict, work: Path) -> d
             pairs.append(compare(both, [pair], labels, groups)[0] | {"seeds": seeds})
     named = [n for n, h in zip(manifest.class_names, hard, strict=True) if h]
     return {
-        "network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out, "pairs": pairs, "environment": environment()
+        "network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out, "pairs": pairs,
+        "environment": environment(),
     }  # fmt: skip
 
 
