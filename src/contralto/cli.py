@@ -237,7 +237,13 @@ def evaluate(
 
 
 def predict(
-    run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True
+    run: Path,
+    data: str,
+    *,
+    out: Path | None = None,
+    threshold: float = 0.0,
+    image_column: str | None = None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Classify images with a finished run; writes Parquet with id, label and confidence.
 
@@ -245,6 +251,7 @@ def predict(
         run: Run folder.
         data: Images in any form, or one image file.
         out: Parquet file to write; default: predictions.parquet in the current folder.
+        threshold: Say "unknown" where no probability is above it.
         image_column: Column of the images.
     """
     import numpy as np
@@ -255,7 +262,7 @@ def predict(
 
     model, target = load(run), out or Path("predictions.parquet")
     ids, pictures = _pictures(data, image_column)
-    predictions = model.predict(pictures)
+    predictions = model.predict(pictures, threshold=threshold)
     best = predictions.probabilities.max(1) if ids else np.zeros(0)
     pq.write_table(pa.table({"id": ids, "label": list(predictions), "confidence": best}), target)
     if show:
@@ -264,7 +271,7 @@ def predict(
             table.add_row(ids[i][:60], predictions[i], _percent(float(best[i])))
         _console().print(table)
         _console().print(f"{len(ids)} predictions in {target}", highlight=False)
-    return {"n": len(ids), "file": str(target)}
+    return {"n": len(ids), "unknown": predictions.count("unknown") if threshold > 0 else 0, "file": str(target)}
 
 
 def embed(

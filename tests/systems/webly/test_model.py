@@ -92,3 +92,23 @@ def test_inference_does_not_load_the_training_stack(saved):
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_below_the_threshold_a_picture_is_unknown():
+    config = {
+        "encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
+        "classes": ["cat", "dog"], "hidden": 16, "dim": 8, "temperature": 0.1,
+    }  # fmt: skip
+    model = WebClassifier(config).eval()
+    pictures = [np.full((40, 40, 3), v, np.uint8) for v in (0, 90, 250)]
+    best = model.predict(pictures).probabilities.max(1)
+    middle = float(np.sort(best)[1])
+    found = model.predict(pictures, threshold=middle)
+    assert [f == "unknown" for f in found] == [b <= middle for b in best.tolist()]
+    assert model.predict(pictures, threshold=1.0) == ["unknown"] * 3
+    assert "unknown" not in model.predict(pictures)
+    with pytest.raises(UsageError, match="threshold"):
+        model.predict(pictures, threshold=1.5)
+    named = WebClassifier(config | {"classes": ["unknown", "dog"]}).eval()
+    with pytest.raises(UsageError, match="a class is called 'unknown'"):
+        named.predict(pictures, threshold=0.5)

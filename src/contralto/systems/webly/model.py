@@ -21,9 +21,11 @@ from contralto.errors import DataError, UsageError
 from contralto.files import naming, save_weights, write_atomically
 from contralto.views.image import EvalView
 
-__all__ = ["Predictions", "WebClassifier", "load"]
+__all__ = ["UNKNOWN", "Predictions", "WebClassifier", "load"]
 
 Pictures = Sequence[Any]
+UNKNOWN = "unknown"
+"""What is said of a picture whose surest class is not sure enough."""
 MAX_SIZE = 2**20
 """Widths and sides above this are no model but damage."""
 
@@ -77,13 +79,15 @@ class WebClassifier(nn.Module):
         probabilities: Tensor = self.classifier(self.encoder(pixels)).softmax(1)
         return probabilities
 
-    def predict(self, pictures: Pictures, *, batch_size: int = 64) -> Predictions:
-        """Classify pictures.
+    def predict(self, pictures: Pictures, *, threshold: float = 0.0, batch_size: int = 64) -> Predictions:
+        """Classify pictures, or say that they are unknown.
 
         Parameters
         ----------
         pictures : sequence
             Paths, encoded bytes, uint8 arrays (H, W, 3) or PIL images, mixed as you like.
+        threshold : float
+            The answer is "unknown" where no probability is above it; 0 = never. `evaluation.openset` shows what a value does.
         batch_size : int
 
         Returns
@@ -98,12 +102,16 @@ class WebClassifier(nn.Module):
         """
         if isinstance(pictures, (str, bytes, Path)):
             raise UsageError("predict takes a list of pictures; put the single one into a list")
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"threshold must be in [0, 1], got {threshold}")
+        if threshold > 0 and UNKNOWN in self.classes:
+            raise UsageError(f"a class is called {UNKNOWN!r} itself: leave threshold out, and use .probabilities")
         with torch.inference_mode():
             parts = [self(x) for x in self._batches(pictures, batch_size)]
         probabilities = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
-        return Predictions(
-            [self.classes[int(i)] for i in probabilities.argmax(1)] if parts else [], probabilities.cpu().numpy()
-        )
+        found = probabilities.cpu().numpy()
+        answers = zip(found.argmax(1).tolist(), found.max(1).tolist(), strict=True) if parts else ()
+        return Predictions([self.classes[i] if p > threshold or threshold == 0 else UNKNOWN for i, p in answers], found)
 
     def embed(self, pictures: Pictures, *, batch_size: int = 64) -> npt.NDArray[np.float32]:
         """Unit embeddings (N, dim) in the space of the prototypes."""
