@@ -34,6 +34,10 @@ def test_it_equals_counting_one_by_one(seed, n, classes):
     curve = open_set_curve(p, y, thresholds=thresholds)
     expected = np.array([slow(p, y, t) for t in thresholds])
     np.testing.assert_allclose(np.stack([curve.precision, curve.recall, curve.f1], 1), expected, atol=1e-9)
+    for row, t in enumerate(thresholds):
+        accepted = p.max(1) > t
+        right = (p.argmax(1) == y)[accepted].mean() if accepted.any() else np.nan
+        np.testing.assert_allclose(curve.accepted_right[row], right)
     if (y >= 0).any():
         np.testing.assert_allclose(curve.rejected_known, [(p[y >= 0].max(1) <= t).mean() for t in thresholds])
     else:

@@ -12,6 +12,7 @@ from contralto.errors import DataError
 from contralto.pipelines.capro import fit_capro
 from contralto.review.report import write_report
 
+from tests.conftest import tiny_rows
 from tests.tiny import FROZEN
 
 HOSTILE = [
@@ -63,7 +64,19 @@ def hostile_run(folder, n=40, classes=None):
     }
     pq.write_table(pa.table(places), folder / "map.parquet")
     counts = {v: verdicts.count(v) for v in ("kept", "corrected", "off-topic", "anchor")}
-    (folder / "metrics.json").write_text(json.dumps({"counts": counts, "time": {"ingest": 1.0}, "memory_gib": 1.0}))
+    seen = {"index": np.arange(9), "confidence": rng.random(9), "predicted": labels[:9], "right": [True] * 9}
+    seen["known"] = [False] * 9
+    pq.write_table(pa.table(seen), folder / "open_set.parquet")
+    value = dict.fromkeys(("accuracy", "accuracy_low", "accuracy_high", "macro", "macro_low", "macro_high"), 0.5)
+    curves = {
+        "thresholds": [0.1, 0.9],
+        "rejected_known": [None, None],
+        "rejected_unknown": [0.1, 0.9],
+        "accepted_right": [0.5, None],
+    }
+    test = {"n": 9, "model": value, "open_set": {"unknown": 9, "best": 0.5} | curves}
+    metrics = {"counts": counts, "test": test, "time": {"ingest": 1.0}, "memory_gib": 1.0}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     config = {
         "system": "capro",
         "version": "0",
@@ -127,8 +140,9 @@ def test_hostile_names_and_texts_do_nothing(browser, hostile):
         page.select_option(selector, "")
     page.fill("#search", "<script>")
     assert page.evaluate("window.hacked") is None
-    # Three blocks of JSON and the page's own script are all there is.
-    assert page.evaluate("document.querySelectorAll('img[src=x], script').length") == 4
+    # Four blocks of JSON and the page's own script are all there is.
+    assert page.evaluate("document.querySelectorAll('img[src=x], script').length") == 5
+    assert len(page.query_selector_all("#openset-pictures .seen.foreign")) == 9
     assert "<script>window.hacked" in page.inner_text("#gallery")
     assert problems == []
     page.close()
@@ -165,6 +179,29 @@ def test_filters_search_order_details_and_keyboard_work(browser, real):
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     assert problems == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_the_slider_shows_what_a_threshold_rejects(browser, tmp_path):
+    rows = [*tiny_rows(), *(r | {"id": f"none-{i}", "label": "grey", "split": "test", "query": None}
+                            for i, r in enumerate(tiny_rows(per_class=2, test_per_class=0)))]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    run = fit_capro(str(tmp_path / "a.parquet"), tmp_path / "run", **(FROZEN | {"epochs": 2, "baseline": False}))
+    seen = pq.read_table(run / "open_set.parquet").to_pylist()
+    assert sum(not r["known"] for r in seen) == 6
+    assert not any(r["right"] for r in seen if not r["known"])
+    found = json.loads((run / "metrics.json").read_text())["test"]["open_set"]
+    assert found["unknown"] == 6
+    page, problems, requests = open_page(browser, run / "report.html")
+    assert len(page.query_selector_all("#openset-pictures .seen")) == len(seen) == 24
+    for threshold in (0, 0.35, 0.5, 1):
+        page.fill("#threshold", str(threshold))
+        faint = len(page.query_selector_all("#openset-pictures .rejected"))
+        assert faint == sum(round(r["confidence"], 3) <= threshold for r in seen)
+    assert "100 % of the pictures of the classes rejected" in page.inner_text("#threshold-told")
+    assert "100 % of those of no class" in page.inner_text("#threshold-told")
+    assert problems == requests == []
     page.close()
 
 

@@ -24,6 +24,8 @@ class OpenSetCurve:
         Means over the C classes and "unknown"; `f1` is the harmonic mean of the two (C-F1).
     rejected_known, rejected_unknown : array (T,)
         Share of known and of unknown pictures of which is said that they are unknown; NaN where there are none.
+    accepted_right : array (T,)
+        Share of the accepted answers that are right; NaN where none is accepted.
     mean_f1 : float
         Mean of `f1` over the thresholds.
     area : float
@@ -36,6 +38,7 @@ class OpenSetCurve:
     f1: npt.NDArray[np.float64]
     rejected_known: npt.NDArray[np.float64]
     rejected_unknown: npt.NDArray[np.float64]
+    accepted_right: npt.NDArray[np.float64]
     mean_f1: float
     area: float
 
@@ -98,6 +101,7 @@ def open_set_curve(
     known = len(y) - there[unknown]
     with np.errstate(invalid="ignore", divide="ignore"):
         away = (said[:, unknown] - hit[:, unknown]) / known, hit[:, unknown] / there[unknown]
+        accepted = hit[:, :classes].sum(1) / taken
     by_recall = np.argsort(recall, kind="stable")
     area = float(np.trapezoid(precision[by_recall], recall[by_recall]))
-    return OpenSetCurve(t, precision, recall, f1, away[0], away[1], float(f1.mean()), area)
+    return OpenSetCurve(t, precision, recall, f1, *away, accepted, float(f1.mean()), area)

@@ -40,6 +40,7 @@ from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import noise_metrics
+from contralto.evaluation.openset import open_set_curve
 from contralto.files import naming, remove_leftovers, write_atomically
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
@@ -579,10 +580,15 @@ class Job:
         groups = self.manifest.column("group")[self.test_rows]
         encoder = self.encoder()
         probabilities = {"model": self.predict_rows("finetune", encoder, self.test_rows)}
+        foreign = np.flatnonzero(
+            (self.manifest.column("split") == "test") & (self.manifest.column("clean_label") == -1)
+        )
+        unknown = self.predict_rows("finetune", encoder, foreign) if len(foreign) else probabilities["model"][:0]
         if "plain" in self.modules:
             probabilities["plain"] = self.predict_rows("plain", encoder, self.test_rows)
         predictions = {k: p.argmax(1) for k, p in probabilities.items()}
-        out: dict[str, Any] = {"n": len(labels)}
+        every = np.concatenate([probabilities["model"], unknown]), np.append(labels, np.full(len(foreign), -1))
+        out: dict[str, Any] = {"n": len(labels), "open_set": _open_set(*every, foreign=len(foreign))}
         for name, predicted in predictions.items():
             out[name] = _intervals((predicted == labels).astype(float), labels, groups)
             confidence = probabilities[name].max(1)
@@ -597,6 +603,14 @@ class Job:
             columns["plain"] = predictions["plain"]
         table = pa.table(columns)
         write_atomically(self.out / "test_predictions.parquet", lambda path: pq.write_table(table, path))
+        best, sure = every[0].argmax(1), every[0].max(1)
+        seen = pa.table(
+            {
+                "index": np.append(self.test_rows, foreign), "confidence": sure, "predicted": best,
+                "right": best == every[1], "known": every[1] >= 0,
+            }
+        )  # fmt: skip
+        write_atomically(self.out / "open_set.parquet", lambda path: pq.write_table(seen, path))
         return out
 
     def predict_rows(self, stage: str, encoder: ImageEncoder, rows: Array) -> Array:
@@ -619,6 +633,16 @@ class Job:
             if not (self.out / "map.parquet").exists():
                 self.draw_map()
             return write_report(self.out, read_image=self.read_image)
+
+
+def _open_set(probabilities: Array, labels: Array, *, foreign: int) -> dict[str, Any]:
+    """The curve of `evaluation.openset` as JSON; where there is nothing to count, None."""
+    curve = open_set_curve(probabilities, labels)
+    lists = {
+        k: [None if np.isnan(v) else round(float(v), 4) for v in getattr(curve, k)]
+        for k in ("thresholds", "f1", "rejected_known", "rejected_unknown", "accepted_right")
+    }
+    return {"unknown": foreign, "best": curve.best, "mean_f1": curve.mean_f1, "area": curve.area} | lists
 
 
 def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]:

@@ -34,6 +34,7 @@ from contralto.systems.registry import SYSTEMS, get_system
 __all__ = ["write_report"]
 
 SHEET = 100
+OPEN_SET_SIDE = 64
 SMALLEST = 400  # characters that a picture takes in the page, thumbnail and all, at the very least
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -112,6 +113,7 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
         "map": _map_chart(run, manifest, rows),
         "curves": _curve_charts(run, get_system(system.name).stages),
         "flow": _flow_chart(rows, manifest.class_names),
+        "open_set": _open_set(run, metrics, manifest, read_image),
         "run_name": run.name,
     }
     environment = jinja2.Environment(
@@ -287,6 +289,49 @@ def _coverage(
                        x_label="share of images looked at", width=420, height=220),
         "targets": targets, "start": float(y[0]), "measured": known, "n": len(rows),
     }  # fmt: skip
+
+
+def _open_set(
+    run: Path,
+    metrics: dict[str, Any],
+    manifest: Manifest,
+    read_image: Callable[[int], npt.NDArray[np.uint8]],
+) -> dict[str, Any] | None:
+    """Curves over the threshold of "unknown", and up to 100 test pictures from the surest to the least sure."""
+    if metrics["test"] is None or not (run / "open_set.parquet").exists():
+        return None
+    found = metrics["test"]["open_set"]
+    told = {"rejected_known": "pictures of the classes rejected", "rejected_unknown": "pictures of no class rejected"}
+    told["accepted_right"] = "right among the accepted"
+    series = [
+        (name, [(x, y) for x, y in zip(found["thresholds"], found[key], strict=True) if y is not None])
+        for key, name in told.items()
+    ]
+    series = [s for s in series if s[1]]
+    table = _table(run / "open_set.parquet").sort_by("confidence")
+    step = max(1.0, table.num_rows / SHEET)
+    rows = table.take([int(i * step) for i in range(int(table.num_rows / step))]).to_pylist()
+    data = {
+        "sheet": _sheets([_thumbnail(read_image(r["index"]), OPEN_SET_SIDE) for r in rows], OPEN_SET_SIDE, 60)[0],
+        "side": OPEN_SET_SIDE,
+        "curve": {k: found[k] for k in ("thresholds", *told)},
+        "items": [
+            {
+                "p": round(r["confidence"], 3), "n": manifest.class_names[r["predicted"]], "right": r["right"],
+                "known": r["known"], "id": _shown(manifest.column("id")[r["index"]], 120),
+            }
+            for r in rows
+        ],
+    }  # fmt: skip
+    return {
+        "chart": curve(
+            series, label="what a threshold rejects", percent=True, x_label="threshold", width=420, height=220
+        ),
+        "legend": [(name, f"s{i % 8}") for i, (name, _) in enumerate(series)],
+        "unknown": found["unknown"],
+        "start": round(found["best"], 2) if found["unknown"] else 0.3,
+        "data": markupsafe.Markup(_safe_json(data)),  # noqa: S704 (escaped by _safe_json)
+    }
 
 
 def _map_chart(run: Path, manifest: Manifest, rows: list[dict[str, Any]]) -> str:

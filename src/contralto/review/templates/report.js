@@ -9,16 +9,17 @@
     if (text !== undefined) e.textContent = text;
     return e;
   };
-  const thumb = (i, side) => {
-    const e = el("div", "thumb"), at = i % 100, scale = side / size;
+  const sprite = (sheet, at, side, id) => {
+    const e = el("div", "thumb");
     e.style.width = e.style.height = side + "px";
-    e.style.backgroundImage = `url("${sheets[Math.floor(i / 100)]}")`;
+    e.style.backgroundImage = `url("${sheet}")`;
     e.style.backgroundSize = 10 * side + "px auto";
-    e.style.backgroundPosition = `${-(at % 10) * size * scale}px ${-Math.floor(at / 10) * size * scale}px`;
+    e.style.backgroundPosition = `${-(at % 10) * side}px ${-Math.floor(at / 10) * side}px`;
     e.setAttribute("role", "img");
-    e.setAttribute("aria-label", "picture " + items[i].id);
+    e.setAttribute("aria-label", "picture " + id);
     return e;
   };
+  const thumb = (i, side) => sprite(sheets[Math.floor(i / 100)], i % 100, side, items[i].id);
   const percent = (v) => (100 * v).toFixed(0) + " %";
   const label = (x) => {
     const e = el("div", "label");
@@ -108,6 +109,29 @@
     };
     cell.addEventListener("click", go);
     cell.addEventListener("keydown", (e) => { if (e.key === "Enter") go(); });
+  }
+  if ($("openset-data")) {
+    const set = read("openset-data"), box = $("openset-pictures"), slider = $("threshold");
+    const drawn = set.items.map((x, i) => {
+      const e = el("figure", "seen " + (x.known ? (x.right ? "right" : "wrong") : "foreign"));
+      const told = el("figcaption"); told.append(el("bdi", "", x.n), " " + percent(x.p));
+      e.append(sprite(set.sheet, i, set.side, x.id), told); box.append(e);
+      return [e, x];
+    });
+    const tell = () => {
+      const t = Number(slider.value), c = set.curve;
+      let at = 0;
+      while (at < c.thresholds.length - 1 && c.thresholds[at] < t - 1e-9) at++;
+      const part = (v, text) => v === null ? [] : [percent(v) + text];
+      $("threshold-told").textContent = t.toFixed(2) + ": " + [
+        ...part(c.rejected_known[at], " of the pictures of the classes rejected"),
+        ...part(c.rejected_unknown[at], " of those of no class"),
+        ...part(c.accepted_right[at], " of the accepted answers right"),
+      ].join(", ");
+      for (const [e, x] of drawn) e.classList.toggle("rejected", x.p <= t);
+    };
+    slider.addEventListener("input", tell);
+    tell();
   }
   const pick = $("map-class");
   if (pick) pick.addEventListener("input", () => {
