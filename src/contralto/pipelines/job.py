@@ -129,9 +129,7 @@ class Job:
         unknown = sorted(set(self.arguments) - set(parameters))
         if unknown:
             raise UsageError(f"there is no argument {unknown[0]!r}")
-        defaults = {
-            k: p.default for k, p in parameters.items() if p.default is not p.empty and k not in ("progress", "stage")
-        }
+        defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty and k != "progress"}
         self.arguments = defaults | self.arguments
         if self.arguments["devices"] != 1:
             raise UsageError("this job trains on one device; the system runs on several under a Trainer of your own")
@@ -140,7 +138,8 @@ class Job:
     @classmethod
     def parameters(cls) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
-        return dict(inspect.signature(cls.system.__init__).parameters) | dict(inspect.signature(cls.fit).parameters)
+        every = dict(inspect.signature(cls.system.__init__).parameters) | dict(inspect.signature(cls.fit).parameters)
+        return {k: p for k, p in every.items() if k not in ("self", "encoder", "num_classes", "num_features", "stage")}
 
     @property
     def cache(self) -> Path:
@@ -366,8 +365,7 @@ class Job:
         with self._timed(stage, "done before" if done else f"{epochs} epochs"):
             encoder = self.encoder()
             body: nn.Module = nn.Identity() if a["frozen_features"] else encoder
-            names = set(inspect.signature(self.system.__init__).parameters) - {"self", "stage"}
-            given = {k: v for k, v in a.items() if k in names}
+            given = {k: v for k, v in a.items() if k in inspect.signature(self.system.__init__).parameters}
             module = self.system(body, self.num_classes, encoder.num_features, stage=stage, **given)
             if stage in self.before:
                 module.load_state_dict(self.modules[self.before[stage]].state_dict())
