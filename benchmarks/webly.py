@@ -44,6 +44,7 @@ from contralto.claims.capro import DEVELOPMENT_SEED, right_share, shared_manifes
 from contralto.claims.runner import compare
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
+from contralto.data.text import names_in_texts
 from contralto.evaluation.classification import accuracy_interval, calibration_error, per_class_accuracy
 from contralto.evaluation.noise import noise_metrics
 from contralto.files import write_atomically
@@ -53,7 +54,6 @@ from contralto.pipelines.job import load_preset
 from contralto.pipelines.outputs import environment
 from contralto.prototypes.correction import flagged
 from contralto.systems.webly.base import scale_rule
-from contralto.systems.webly.reconcile import names_in_texts
 
 PAPER = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
 RULE = {"reconcile": False}

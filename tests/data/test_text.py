@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from contralto.data.text import clean_text, clean_texts, drop_even_words, words_of
+from contralto.data.text import clean_text, clean_texts, drop_even_words, names_in_texts, words_of
 from contralto.errors import UsageError
 
 
@@ -60,3 +60,9 @@ def test_words_spread_evenly_over_classes_go_and_telling_ones_stay():
     kept = drop_even_words(texts, labels, 5, keep={"acme"})
     assert all("acme" in t for t in kept)
     assert drop_even_words(["", " "], np.array([0, 1]), 2) == ["", " "]
+
+
+def test_whole_words_plurals_and_hyphens():
+    found = names_in_texts(["Two T-Shirts", "ladies' wallets", "communication", "the cat's house", "tie", "", "bus"],
+                           ["tshirt", "lady", "cat", "Wallet", "ties", "bus", "..."])  # fmt: skip
+    assert [np.flatnonzero(row).tolist() for row in found] == [[0], [1, 3], [], [2], [4], [], [5]]

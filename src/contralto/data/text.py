@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from contralto.errors import UsageError
 
-__all__ = ["clean_text", "clean_texts", "drop_even_words", "words_of"]
+__all__ = ["clean_text", "clean_texts", "drop_even_words", "names_in_texts", "words_of"]
 
 MAX_CHARACTERS = 10_000
 _SUFFIX = re.compile(r"\.(?:jpe?g|png|gif)\b")
@@ -157,3 +157,30 @@ def drop_even_words(
     even = (count >= min_count) & (information - (num_classes - 1) / (2 * count) < evenness * most)
     removed = {w for w, e in zip(vectorizer.get_feature_names_out(), even, strict=True) if e and w not in keep}
     return [" ".join(w for w in t.split() if w not in removed) or " " for t in texts]
+
+
+def names_in_texts(texts: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Whether each text holds each class name as whole words, plural or not, hyphens aside (N, C).
+
+    Examples
+    --------
+    >>> names_in_texts(["Nike T-Shirts", "a shirt", "catalogue"], ["Tshirts", "cat"]).tolist()
+    [[True, False], [False, False], [False, False]]
+    """
+    unique, inverse = np.unique(np.asarray(list(texts), dtype=object).astype(str), return_inverse=True)
+    lines = [f" {' '.join(_stems(t))} " for t in unique.tolist()]
+    sought = [f" {' '.join(_stems(n))} " for n in names]
+    found = np.array([[s in line for s in sought] for line in lines], dtype=bool).reshape(len(lines), len(sought))
+    found[:, [not s.strip() for s in sought]] = False
+    return found[inverse]
+
+
+def _stems(text: str) -> list[str]:
+    words = re.findall(r"[^\W\d_]+", re.sub(r"[-'\u2019_]", "", text.lower()))
+    return [_stem(w) for w in words]
+
+
+def _stem(word: str) -> str:
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from contralto.errors import UsageError
 from contralto.systems.webly import reconcile as module
-from contralto.systems.webly.reconcile import names_in_texts, reconcile, soft_targets
+from contralto.systems.webly.reconcile import reconcile, soft_targets
 
 NAMES = ["crane", "drum", "nail", "pitch"]
 WORDS = ["bird", "music", "hammer", "field"]
@@ -136,12 +136,6 @@ def test_soft_targets_are_the_two_step_draw(seed, balanced):
             of_class = posterior[i, c] / posterior[:, c].sum()
             joint = of_class / 4 if balanced else posterior[i, c] / posterior.sum()
             assert share[i] * target[i, c] == pytest.approx(joint, abs=1e-6)
-
-
-def test_whole_words_plurals_and_hyphens():
-    found = names_in_texts(["Two T-Shirts", "ladies' wallets", "communication", "the cat's house", "tie", "", "bus"],
-                           ["tshirt", "lady", "cat", "Wallet", "ties", "bus", "..."])  # fmt: skip
-    assert [np.flatnonzero(row).tolist() for row in found] == [[0], [1, 3], [], [2], [4], [], [5]]
 
 
 def test_lengths_that_do_not_fit_are_named():

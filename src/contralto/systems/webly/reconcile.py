@@ -21,7 +21,6 @@ speaks several times. Texts that say nothing about the labels at all cannot be a
 This is no part of the CAPro paper.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,11 +32,12 @@ import torch
 from scipy.special import softmax
 from torch.nn import functional as F
 
+from contralto.data.text import names_in_texts
 from contralto.errors import UsageError
 from contralto.neighbors.knn import unit_rows
 from contralto.neighbors.matching import match_texts, within_class_rank
 
-__all__ = ["MIN_WORTH", "Reconciled", "names_in_texts", "reconcile", "soft_targets", "sure_anchors"]
+__all__ = ["MIN_WORTH", "Reconciled", "reconcile", "soft_targets", "sure_anchors"]
 
 Array = npt.NDArray[Any]
 
@@ -221,33 +221,6 @@ def soft_targets(posterior: Array, *, balanced: bool) -> tuple[npt.NDArray[np.fl
     target = joint / np.maximum(share, 1e-12)[:, None]
     target[share <= 1e-12] = 1 / posterior.shape[1]
     return target.astype(np.float32), share / share.sum()
-
-
-def names_in_texts(texts: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Whether each text holds each class name as whole words, plural or not, hyphens aside (N, C).
-
-    Examples
-    --------
-    >>> names_in_texts(["Nike T-Shirts", "a shirt", "catalogue"], ["Tshirts", "cat"]).tolist()
-    [[True, False], [False, False], [False, False]]
-    """
-    unique, inverse = np.unique(np.asarray(list(texts), dtype=object).astype(str), return_inverse=True)
-    lines = [f" {' '.join(_stems(t))} " for t in unique.tolist()]
-    sought = [f" {' '.join(_stems(n))} " for n in names]
-    found = np.array([[s in line for s in sought] for line in lines], dtype=bool).reshape(len(lines), len(sought))
-    found[:, [not s.strip() for s in sought]] = False
-    return found[inverse]
-
-
-def _stems(text: str) -> list[str]:
-    words = re.findall(r"[^\W\d_]+", re.sub(r"[-'\u2019_]", "", text.lower()))
-    return [_stem(w) for w in words]
-
-
-def _stem(word: str) -> str:
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
-    return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
 
 
 def _worth(probability: Array, labels: Array) -> float:
