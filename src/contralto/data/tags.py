@@ -71,8 +71,8 @@ def _log_probability(word: str, keep: frozenset[str]) -> float:
 
 
 _SHORT = frozenset(
-    ("a", "i", "am", "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "of", "on", "or", "so",
-     "to", "up", "us", "we")
+    ("a", "i", "am", "an", "as", "at", "be", "by", "do", "go", "he", "if", "in", "is", "it", "me", "my", "no", "of", "on",
+     "or", "so", "to", "up", "us", "we")
 )  # fmt: skip
 """Words of one or two letters; all other short strings that a list of frequencies knows are abbreviations."""
 
