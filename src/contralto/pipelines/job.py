@@ -13,7 +13,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,7 +223,7 @@ class Job:
                     )
                 filled, _ = fill_definitions(manifest.classes)
                 part = folder.with_name(".manifest.part")
-                Manifest(manifest.table, filled, manifest.root, manifest.skipped).save(part)
+                replace(manifest, classes=tuple(filled)).save(part)
                 part.rename(folder)
         self.manifest = Manifest.load(folder)
         labels, trusted = self._trusted()
@@ -540,7 +540,7 @@ class Job:
             "encoder": a["image_encoder"], "num_features": encoder.num_features, "size": size, "crop": a["crop"],
             "mean": list(encoder.mean), "std": list(encoder.std), "classes": self.manifest.class_names,
             "hidden": a["hidden"], "dim": a["dim"], "temperature": a["temperature"],
-        }  # fmt: skip
+        } | ({"multilabel": True} if self.multilabel else {})  # fmt: skip
         model = WebClassifier(config, encoder)
         model.classifier.load_state_dict(final.classifier.state_dict())
         model.projector.load_state_dict(final.projector.state_dict())
@@ -644,7 +644,7 @@ class Job:
         from contralto.review.report import write_report
 
         with self._timed("report", "map and page"):
-            if not (self.out / "map.parquet").exists():
+            if not self.multilabel and not (self.out / "map.parquet").exists():
                 self.draw_map()
             return write_report(self.out, read_image=self.read_image)
 
