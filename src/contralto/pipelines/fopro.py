@@ -139,7 +139,7 @@ class FoProJob(Job):
     name = "fopro"
     system = FoPro
     fit = staticmethod(fit_fopro)
-    extensions = ("class_balanced",)
+    extensions = ("class_balanced", "keep_threshold")
     before: ClassVar = {"relation": "prototypes", "fopro": "relation", "finetune": "fopro"}
     judging = "fopro"
 

@@ -112,6 +112,8 @@ class FoPro(WeblySystem):
         Width of embeddings; hidden width of projector and reconstructor, 0 for a single linear layer; keys in the queue.
     class_weighted : bool
         Weigh the classification losses of a sample by mean class size / size of its (corrected) class.
+    keep_threshold : float, optional
+        Extension. The given class must score more than this in t to be kept; default 1/C as in the paper.
     weight_decay : float
     seed : int
 
@@ -173,6 +175,7 @@ class FoPro(WeblySystem):
         hidden: int = 2048,
         queue_size: int | None = 2048,
         class_weighted: bool = False,
+        keep_threshold: float | None = None,
         weight_decay: float = 1e-8,
         seed: int = 1024,
     ) -> None:
@@ -314,7 +317,7 @@ class FoPro(WeblySystem):
             Web pictures whose label is sure, corrected or confirmed.
         """
         h = self.arguments
-        held, scores, keep = shot, target, None
+        held, scores, keep = shot, target, h.keep_threshold
         if with_relation:
             relation = self.relation_scores(z, prototypes)
             held = shot | (relation.gather(1, given.unsqueeze(1)).squeeze(1) > h.threshold)
