@@ -185,8 +185,8 @@ def test_wrong_use_is_named(data, tmp_path):
     (tmp_path / "c.yaml").write_text("\n".join(f"{n}: {{query: {n}, definition: x.}}" for n in ("walrus", "yak")))
     with pytest.raises(DataError, match="no text names any of the classes"):
         fit_capro_multilabel(str(data), tmp_path / "b", definitions=tmp_path / "c.yaml", **(TINY | COLUMNS))
+    words = TINY | {"text_column": "tags", "clean_column": "colours,nothing"}
     with pytest.raises(DataError, match="no column 'nothing'"):
-        words = TINY | {"text_column": "tags", "clean_column": "colours,nothing"}
         fit_capro_multilabel(str(data), tmp_path / "c", definitions=data.with_name("classes.yaml"), **words)
 
 
