@@ -197,6 +197,8 @@ def evaluate(
     from contralto.systems.webly.model import load
 
     model = load(run)
+    if model.multilabel:
+        return _evaluate_sets(model, data, label_column, image_column, split, show)
     manifest = ingest(
         data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
     )
@@ -236,6 +238,37 @@ def evaluate(
     return result
 
 
+def _evaluate_sets(
+    model: Any, data: str, label_column: str | None, image_column: str | None, split: str | None, show: bool
+) -> dict[str, Any]:
+    """Evaluate a model of several labels; `label_column` may name several columns, joined by commas."""
+    import numpy as np
+
+    from contralto.data.ingest import ingest
+    from contralto.data.manifest import ClassInfo
+    from contralto.evaluation.multilabel import multilabel_metrics
+
+    classes = [ClassInfo(name) for name in model.classes]
+    manifest = ingest(
+        data, classes=classes, clean_column=label_column, image_column=image_column, image_filter=False, multilabel=True
+    )
+    truth, splits = manifest.clean_matrix(), manifest.column("split")
+    wanted = split if split is not None else "test" if "test" in splits else None
+    rows = np.flatnonzero((truth == 1).any(1) & ((splits == wanted) if wanted is not None else True))
+    if len(rows) == 0:
+        raise DataError(
+            "no image has a label among the classes of the run; name the columns with --label_column", file=data
+        )
+    predictions = model.predict([_bytes_of(manifest, int(r)) for r in rows])
+    result = {"n": len(rows), "split": wanted} | multilabel_metrics(predictions.probabilities, truth[rows] == 1)
+    if show:
+        table = _table("", "value")
+        for name, value in result.items():
+            table.add_row(name, _percent(value) if isinstance(value, float) else str(value))
+        _console().print(table)
+    return result
+
+
 def predict(
     run: Path,
     data: str,
@@ -264,11 +297,13 @@ def predict(
     ids, pictures = _pictures(data, image_column)
     predictions = model.predict(pictures, threshold=threshold)
     best = predictions.probabilities.max(1) if ids else np.zeros(0)
-    pq.write_table(pa.table({"id": ids, "label": list(predictions), "confidence": best}), target)
+    kind = pa.list_(pa.string()) if model.multilabel else pa.string()
+    pq.write_table(pa.table({"id": ids, "label": pa.array(list(predictions), kind), "confidence": best}), target)
     if show:
         table = _table("id", "label", "confidence")
         for i in range(min(10, len(ids))):
-            table.add_row(ids[i][:60], predictions[i], _percent(float(best[i])))
+            told = ", ".join(predictions[i]) if model.multilabel else predictions[i]
+            table.add_row(ids[i][:60], told, _percent(float(best[i])))
         _console().print(table)
         _console().print(f"{len(ids)} predictions in {target}", highlight=False)
     return {"n": len(ids), "unknown": predictions.count("unknown") if threshold > 0 else 0, "file": str(target)}

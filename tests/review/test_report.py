@@ -242,9 +242,9 @@ def test_no_more_pictures_are_decoded_than_can_fit(tmp_path):
         read.append(row)
         return np.zeros((20, 20, 3), np.uint8)
 
-    *_, left_out = report._gallery(rows, manifest, read_image, 48, 20 * report.SMALLEST)
+    *_, left_out = report._gallery(rows, manifest, read_image, 48, 20 * report.SMALLEST, report._items)
     worst = sorted(rows, key=lambda r: -r["p_wrong"])[:20]
     assert sorted(read) == sorted(r["index"] for r in worst)
     assert left_out >= 40
-    *_, left_out = report._gallery(rows, manifest, read_image, 48, 10**7)
+    *_, left_out = report._gallery(rows, manifest, read_image, 48, 10**7, report._items)
     assert left_out == 0

@@ -19,7 +19,7 @@ from contralto.data.images import (
     perceptual_hash,
     probe_image,
 )
-from contralto.data.manifest import MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, Manifest
+from contralto.data.manifest import CLEAN_SETS, MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, Manifest
 from contralto.data.sources import Record, read_records, root_of
 from contralto.errors import DataError
 
@@ -41,7 +41,9 @@ MAX_NAME = 200
 MAX_HELD = 256 * 2**20
 
 
-def find_columns(names: Iterable[str], given: Mapping[str, str | None]) -> dict[str, list[str]]:
+def find_columns(
+    names: Iterable[str], given: Mapping[str, str | None], *, several: Sequence[str] = ("text",)
+) -> dict[str, list[str]]:
     """Which columns play which role.
 
     Parameters
@@ -49,7 +51,9 @@ def find_columns(names: Iterable[str], given: Mapping[str, str | None]) -> dict[
     names : iterable of str
         Columns that are there.
     given : mapping of role to column
-        What the user named; several text columns are joined by commas.
+        What the user named.
+    several : sequence of str
+        Roles for which several columns may be named, joined by commas.
 
     Returns
     -------
@@ -74,7 +78,7 @@ def find_columns(names: Iterable[str], given: Mapping[str, str | None]) -> dict[
     for role, common in ROLES.items():
         wanted = given.get(role)
         if wanted:
-            columns = [c.strip() for c in wanted.split(",")] if role == "text" else [wanted]
+            columns = [c.strip() for c in wanted.split(",")] if role in several else [wanted]
             missing = [c for c in columns if c not in there]
             if missing:
                 raise DataError(
@@ -103,6 +107,7 @@ def ingest(
     min_side: int = 32,
     blank_share: float | None = 0.8,
     max_text: int = 10_000,
+    multilabel: bool = False,
     workers: int = 2,
     allow_outside: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -122,6 +127,9 @@ def ingest(
         Leave out pictures that are too small, too long or blank (CAPro 0.1), with `min_side` and `blank_share`.
     max_text : int
         Texts are cut to this many characters.
+    multilabel : bool
+        Pictures may show several classes: the given labels are left for `data.tags` to find in the texts, and the right ones are
+        what the columns of `clean_column`, joined by commas, name among the classes or their search words.
     workers : int
         Threads that decode.
     allow_outside : bool
@@ -176,7 +184,10 @@ def ingest(
         reasons = Counter(s["reason"] for s in skipped).most_common(5)
         told = ", ".join(f"{n} {r}" for r, n in reasons) or "no pictures were found"
         raise DataError(f"not one usable picture: {told}", file=str(address))
-    roles = find_columns(columns, named)
+    several = ("text", "clean") if multilabel else ("text",)
+    roles = find_columns(columns, named, several=several)
+    if multilabel:
+        return _build_sets(str(address), rows, skipped, roles, classes, max_text)
     return _build(str(address), rows, skipped, roles, classes, max_text)
 
 
@@ -254,7 +265,7 @@ def _name(value: Any, row: Record) -> str | None:
         return None
     if isinstance(value, (list, tuple, dict)):
         raise DataError(
-            "several labels for one picture: multi-label data cannot be used yet", file=row.source, row=row.row
+            "several labels for one picture: use the system for multi-label data", file=row.source, row=row.row
         )
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -285,6 +296,40 @@ def _build(
         )
     if not names:
         raise DataError("no given labels were found; name their column with --label_column", file=address)
+    out_of_set = -1 if roles["clean"] else -2
+    numbers = [-1 if g is None else names[g] for g in given]
+    right = [names.get(c, -1) if c is not None else out_of_set for c in clean]
+    table = _table(rows, roles, numbers, right, max_text)
+    return Manifest(table, tuple(classes), root_of(address), pa.Table.from_pylist(skipped, schema=SKIPPED_SCHEMA))
+
+
+def _build_sets(
+    address: str,
+    rows: list[dict[str, Any]],
+    skipped: list[dict[str, Any]],
+    roles: dict[str, list[str]],
+    classes: Sequence[ClassInfo] | None,
+    max_text: int,
+) -> Manifest:
+    """The manifest of multi-label data: no given label, right ones as sets."""
+    if classes is None:
+        raise DataError("multi-label data need a file of definitions: it says what the classes are", file=address)
+    number = {q.casefold(): i for i, c in enumerate(classes) for q in (*c.queries, c.name)}
+    sets: list[list[int] | None] = []
+    for r in rows:
+        values = [r["record"].fields.get(c) for c in roles["clean"]]
+        words = [w for v in values if v is not None for w in (v if isinstance(v, (list, tuple)) else [v])]
+        found = {number[w] for w in (clean_name(str(w)).strip().casefold() for w in words) if w in number}
+        sets.append(sorted(found) if words else None)
+    table = _table(rows, roles, [-1] * len(rows), [-2] * len(rows), max_text)
+    left_out = pa.Table.from_pylist(skipped, schema=SKIPPED_SCHEMA)
+    return Manifest(table, tuple(classes), root_of(address), left_out, pa.array(sets, CLEAN_SETS))
+
+
+def _table(
+    rows: list[dict[str, Any]], roles: dict[str, list[str]], given: list[int], clean: list[int], max_text: int
+) -> pa.Table:
+    records: list[Record] = [r["record"] for r in rows]
     identities = _unique([clean_name(_value(r.fields, roles["id"]) if roles["id"] else r.id) for r in records])
     splits = [clean_name(_value(r.fields, roles["split"]) or "train") for r in records]
     texts = [
@@ -293,8 +338,7 @@ def _build(
     ]
     sha256 = np.array([r["sha256"] for r in rows])
     phash = np.array([r["phash"] for r in rows], dtype=np.uint64)
-    out_of_set = -1 if roles["clean"] else -2
-    table = pa.table(
+    return pa.table(
         {
             "index": np.arange(len(rows)),
             "id": identities,
@@ -309,15 +353,14 @@ def _build(
             "sha256": sha256.tolist(),
             "phash": phash,
             "duplicate_group": duplicate_groups(phash, sha256),
-            "label": [-1 if g is None else names[g] for g in given],
+            "label": given,
             "text": texts,
             "split": splits,
-            "clean_label": [names.get(c, -1) if c is not None else out_of_set for c in clean],
+            "clean_label": clean,
             "group": [clean_name(_value(r.fields, roles["group"]) or "") for r in records],
         },
         schema=MANIFEST_SCHEMA,
     )
-    return Manifest(table, tuple(classes), root_of(address), pa.Table.from_pylist(skipped, schema=SKIPPED_SCHEMA))
 
 
 def _as_text(value: Any) -> str:

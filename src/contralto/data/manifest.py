@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 from contralto.errors import DataError
 from contralto.files import naming
 
-__all__ = ["MANIFEST_SCHEMA", "SKIPPED_SCHEMA", "ClassInfo", "Manifest"]
+__all__ = ["CLEAN_SETS", "MANIFEST_SCHEMA", "SKIPPED_SCHEMA", "ClassInfo", "Manifest"]
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -66,6 +66,8 @@ MANIFEST_SCHEMA = pa.schema(
         ("group", pa.string()),
     ]
 )
+
+CLEAN_SETS = pa.list_(pa.int32())
 
 SKIPPED_SCHEMA = pa.schema(
     [
@@ -111,12 +113,15 @@ class Manifest:
         Folder or address to which `source` is relative.
     skipped : pyarrow.Table
         What was found but left out, in the columns of `SKIPPED_SCHEMA`.
+    clean_sets : pyarrow.Array, optional
+        Of multi-label data, for evaluation only: the list of the right classes of every row, null = not known.
     """
 
     table: pa.Table
     classes: tuple[ClassInfo, ...]
     root: str
     skipped: pa.Table = field(default_factory=SKIPPED_SCHEMA.empty_table)
+    clean_sets: pa.Array | None = None
 
     def __post_init__(self) -> None:
         if self.table.schema.names != MANIFEST_SCHEMA.names:
@@ -146,6 +151,15 @@ class Manifest:
         """One column as a NumPy array (N,)."""
         return np.asarray(self.table.column(name).to_numpy(zero_copy_only=False))
 
+    def clean_matrix(self) -> npt.NDArray[np.int64]:
+        """Right labels (N, C) of multi-label data: 1 = there, 0 = not, -2 = not known; for evaluation only."""
+        out = np.full((len(self), len(self.classes)), -2, np.int64)
+        for row, found in enumerate([] if self.clean_sets is None else self.clean_sets.to_pylist()):
+            if found is not None:
+                out[row] = 0
+                out[row, found] = 1
+        return out
+
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when pictures, texts, given labels or classes change.
 
@@ -166,6 +180,8 @@ class Manifest:
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(self.table.replace_schema_metadata({"root": self.root}), folder / "manifest.parquet")
         pq.write_table(self.skipped, folder / "skipped.parquet")
+        if self.clean_sets is not None:
+            pq.write_table(pa.table({"classes": self.clean_sets}), folder / "clean_sets.parquet")
         classes = [{"name": c.name, "queries": list(c.queries), "definition": c.definition} for c in self.classes]
         (folder / "classes.json").write_text(json.dumps(classes, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -186,4 +202,12 @@ class Manifest:
             )
         with naming(folder / "skipped.parquet"):
             skipped = pq.read_table(folder / "skipped.parquet").cast(SKIPPED_SCHEMA)
-        return cls(table, classes, root, skipped)
+        sets = None
+        if (folder / "clean_sets.parquet").is_file():
+            with naming(folder / "clean_sets.parquet"):
+                column = pq.read_table(folder / "clean_sets.parquet").column("classes")
+                sets = column.combine_chunks().cast(CLEAN_SETS)
+                known = np.array([c for found in sets.to_pylist() for c in found or ()], np.int64)
+                if len(sets) != len(table) or (len(known) and not 0 <= known.min() <= known.max() < len(classes)):
+                    raise ValueError("the sets do not fit the manifest")
+        return cls(table, classes, root, skipped, sets)

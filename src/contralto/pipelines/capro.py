@@ -9,6 +9,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,7 @@ from contralto.neighbors.matching import Match, Matching, match_texts, select_an
 from contralto.neighbors.rerank import neighbour_graph
 from contralto.pipelines.job import Array, Job, load_preset
 from contralto.prototypes.correction import Correction, correct_labels
+from contralto.systems.webly.base import WeblySystem
 from contralto.systems.webly.capro import EXTENSIONS, CAPro
 from contralto.systems.webly.reconcile import MIN_WORTH, Reconciled, reconcile, soft_targets, sure_anchors
 from contralto.views.image import strong_view, view_generator
@@ -182,9 +184,9 @@ class CAProJob(Job):
     """The stages of `fit_capro`; see `Job`."""
 
     name = "capro"
-    system = CAPro
-    fit = staticmethod(fit_capro)
-    extensions = EXTENSIONS
+    system: ClassVar[type[WeblySystem]] = CAPro
+    fit: ClassVar[Callable[..., Path]] = staticmethod(fit_capro)
+    extensions: ClassVar[tuple[str, ...]] = EXTENSIONS
     before: ClassVar = {"capro": "vanilla", "finetune": "capro"}
     judging = "capro"
 
@@ -230,24 +232,7 @@ class CAProJob(Job):
         a = self.arguments
         with self._timed("matching", f"{a['text_encoder']} texts against {self.num_classes} definitions"):
             texts = self._clean_texts()
-            encoder = text_encoder(a["text_encoder"])
-            classes = [class_text(c, a["class_text"]) for c in self.manifest.classes]
-            encoder.fit([*texts, *classes])
-
-            def encode(different: list[str]) -> Array:
-                key = {
-                    "encoder": encoder.fingerprint(),
-                    "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest(),
-                }
-                return cached_array(self.cache, "text", key, lambda: encoder.encode(different))
-
-            own, class_rows = encode_distinct(texts, encode), encoder.encode(classes)
-            rows = own
-            if a["enhance"]:
-                index, distance = self.neighbour_graph()
-                graph = adjacency(index, distance, edge=a["edge"])
-                form = {k: a[k] for k in ("edge", "self_weight", "normalisation", "degree")}
-                rows = smooth(rows, graph, **form)
+            own, rows, class_rows = self._text_rows(texts)
             ranking = {"k1": a["k1"], "k2": a["k2"], "weight": a["rerank_weight"]}
             self.matching = match_texts(rows, class_rows, self.labels, method=a["match"], **ranking)
             self.anchors = select_anchors(
@@ -257,6 +242,28 @@ class CAProJob(Job):
             self._reconcile(texts, own, class_rows)
         self._save_matching()
         return self.matching
+
+    def _text_rows(self, texts: list[str]) -> tuple[Array, Array, Array]:
+        """Embeddings of the texts as they are, of the texts smoothed over visual neighbours (CAPro 3), and of the classes."""
+        a, encoder = self.arguments, text_encoder(self.arguments["text_encoder"])
+        classes = [class_text(c, a["class_text"]) for c in self.manifest.classes]
+        encoder.fit([*texts, *classes])
+
+        def encode(different: list[str]) -> Array:
+            key = {
+                "encoder": encoder.fingerprint(),
+                "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest(),
+            }
+            return cached_array(self.cache, "text", key, lambda: encoder.encode(different))
+
+        own, class_rows = encode_distinct(texts, encode), encoder.encode(classes)
+        rows = own
+        if a["enhance"]:
+            index, distance = self.neighbour_graph()
+            graph = adjacency(index, distance, edge=a["edge"])
+            form = {k: a[k] for k in ("edge", "self_weight", "normalisation", "degree")}
+            rows = smooth(rows, graph, **form)
+        return own, rows, class_rows
 
     def _reconcile(self, texts: list[str], text_rows: Array, class_rows: Array) -> None:
         """The posterior of all witnesses and, where it has something to say, anchors by it."""

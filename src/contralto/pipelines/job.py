@@ -13,7 +13,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +108,8 @@ class Job:
         Stage -> the stage whose weights it starts with.
     judging : str
         Stage whose scores judge the labels.
+    multilabel : bool
+        Whether pictures may have several labels.
     """
 
     data: str
@@ -123,6 +125,7 @@ class Job:
     extensions: ClassVar[tuple[str, ...]] = ()
     before: ClassVar[dict[str, str]]
     judging: ClassVar[str]
+    multilabel: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         parameters = self.parameters()
@@ -215,16 +218,17 @@ class Job:
                         blank_share=a["blank_share"],
                         workers=a["workers"],
                         allow_outside=a["allow_outside"],
+                        multilabel=self.multilabel,
                         progress=lambda n: status.update(f"{n} pictures read") if n % 100 == 0 else None,
                     )
                 filled, _ = fill_definitions(manifest.classes)
                 part = folder.with_name(".manifest.part")
-                Manifest(manifest.table, filled, manifest.root, manifest.skipped).save(part)
+                replace(manifest, classes=tuple(filled)).save(part)
                 part.rename(folder)
         self.manifest = Manifest.load(folder)
         labels, trusted = self._trusted()
         train = (self.manifest.column("split") == "train") & (labels >= 0)
-        test = (self.manifest.column("split") == "test") & (self.manifest.column("clean_label") >= 0)
+        test = (self.manifest.column("split") == "test") & self._has_clean_label()
         if not train.any():
             raise DataError("no picture has a given label and belongs to the split 'train'", file=self.data)
         self.train_rows, self.test_rows = np.flatnonzero(train), np.flatnonzero(test)
@@ -251,6 +255,9 @@ class Job:
             + self.anchors.tobytes()
         ).hexdigest()[:16]
         return self.manifest
+
+    def _has_clean_label(self) -> npt.NDArray[np.bool_]:
+        return np.asarray(self.manifest.column("clean_label") >= 0)
 
     def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """The labels to learn from, of all rows of the manifest, and which of them hold for good."""
@@ -323,13 +330,18 @@ class Job:
         """All that a training learns from, besides pixels; `rows` and `labels` choose and replace."""
         n = len(self.labels)
         rows = np.arange(n) if rows is None else rows
-        labels = self.labels if labels is None else labels
+        labels = self.targets if labels is None else labels
         fields = {
             "label": torch.from_numpy(labels[rows]),
             "anchor": torch.from_numpy(self.anchors[rows]),
             "weight": torch.from_numpy(self._weights()[rows]),
         }
         return {k: torch.from_numpy(np.ascontiguousarray(v[rows])) for k, v in self._more(stage).items()} | fields
+
+    @property
+    def targets(self) -> Array:
+        """Given labels of the training pictures, as a stage learns them."""
+        return self.labels
 
     def _more(self, stage: str) -> dict[str, Array]:
         """More of what a stage learns from, a row for every training picture."""
@@ -429,7 +441,7 @@ class Job:
             else:
                 x = torch.stack([_Pictures(self.read_bytes, self.train_rows, view, 0, 0)[int(i)] for i in part])
             more = {k: torch.from_numpy(np.ascontiguousarray(v[part])) for k, v in self._more(self.judging).items()}
-            yield more | {"views": [x], "label": torch.from_numpy(self.labels[part]), "index": torch.from_numpy(part)}
+            yield more | {"views": [x], "label": torch.from_numpy(self.targets[part]), "index": torch.from_numpy(part)}
 
     # What comes out.
 
@@ -528,7 +540,7 @@ class Job:
             "encoder": a["image_encoder"], "num_features": encoder.num_features, "size": size, "crop": a["crop"],
             "mean": list(encoder.mean), "std": list(encoder.std), "classes": self.manifest.class_names,
             "hidden": a["hidden"], "dim": a["dim"], "temperature": a["temperature"],
-        }  # fmt: skip
+        } | ({"multilabel": True} if self.multilabel else {})  # fmt: skip
         model = WebClassifier(config, encoder)
         model.classifier.load_state_dict(final.classifier.state_dict())
         model.projector.load_state_dict(final.projector.state_dict())
@@ -550,6 +562,10 @@ class Job:
                 metrics["noise"] = self.noise()
                 right = (self.labels == clean)[self.anchors & (clean != -2)]
                 metrics["anchors"] = {"count": int(self.anchors.sum()), "precision": float(right.mean())}
+        return self._keep_metrics(metrics)
+
+    def _keep_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write `metrics.json` and the model card."""
         metrics["time"] = self.seconds
         metrics["memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         self._write_json("metrics.json", metrics)
@@ -628,7 +644,7 @@ class Job:
         from contralto.review.report import write_report
 
         with self._timed("report", "map and page"):
-            if not (self.out / "map.parquet").exists():
+            if not self.multilabel and not (self.out / "map.parquet").exists():
                 self.draw_map()
             return write_report(self.out, read_image=self.read_image)
 

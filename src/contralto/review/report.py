@@ -29,7 +29,7 @@ from contralto.evaluation.classification import per_class_accuracy
 from contralto.evaluation.noise import risk_coverage
 from contralto.files import naming, write_atomically
 from contralto.review.charts import bar_pairs, curve, heat_map, scatter
-from contralto.systems.registry import SYSTEMS, get_system
+from contralto.systems.registry import SYSTEMS, get_job, get_system
 
 __all__ = ["write_report"]
 
@@ -86,45 +86,38 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
     manifest = Manifest.load(run / "manifest")
     config = _json(run / "config.json")
     system = SYSTEMS[config["system"]]
-    metrics = {"test": None, "noise": None, "anchors": None} | _json(run / "metrics.json")
+    metrics = {"test": None, "noise": None, "anchors": None, "labels": None} | _json(run / "metrics.json")
     if metrics["test"] is not None:
         metrics["test"] = {"plain": None, "difference": None} | metrics["test"]
     rows = _table(run / "cleaned.parquet").to_pylist()
-    clean = manifest.column("clean_label").astype(int)
-    known = bool((clean[[r["index"] for r in rows]] != -2).any())
-    parts = {
-        name: resources.files("contralto.review").joinpath(f"templates/{name}").read_text("utf-8")
-        for name in ("report.css", "report.js")
-    }
+    name = "report_sets" if get_job(system.name).multilabel else "report"
+    templates = resources.files("contralto.review").joinpath("templates")
+    style, script = (templates.joinpath(f).read_text("utf-8") for f in ("report.css", f"{name}.js"))
     page = {
-        "style": parts["report.css"],
-        "script": parts["report.js"],
-        "style_hash": _policy_hash(parts["report.css"]),
-        "script_hash": _policy_hash(parts["report.js"]),
+        "style": style,
+        "script": script,
+        "style_hash": _policy_hash(style),
+        "script_hash": _policy_hash(script),
         "config": config,
         "system": system,
         "environment": _json(run / "environment.json") if (run / "environment.json").exists() else {},
         "metrics": metrics,
         "classes": manifest.class_names,
         "data": _data_section(manifest, rows),
-        "known": known,
-        "accuracy": _accuracy_chart(run, manifest, system.title),
-        "coverage": _coverage(rows, clean, manifest.class_names, known),
-        "map": _map_chart(run, manifest, rows),
         "curves": _curve_charts(run, get_system(system.name).stages),
-        "flow": _flow_chart(rows, manifest.class_names),
-        "open_set": _open_set(run, metrics, manifest, read_image),
         "run_name": run.name,
     }
+    parts, items_of = (_sets_parts, _set_items) if name == "report_sets" else (_label_parts, _items)
+    page |= parts(run, manifest, system.title, metrics, rows, read_image)
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.PackageLoader("contralto.review"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters["percent"] = lambda x, digits=1: "\u2013" if x is None or x != x else f"{100 * x:.{digits}f} %"
-    template = environment.from_string(
-        resources.files("contralto.review").joinpath("templates/report.html.j2").read_text("utf-8")
-    )
+    template = environment.get_template(f"{name}.html.j2")
     fixed = len(template.render(page, items="", sheets=[], thumbnail=thumbnail, left_out=0).encode())
-    items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, max_bytes - fixed - 200_000)
+    budget = max_bytes - fixed - 200_000
+    items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, budget, items_of)
     return template.render(
         page,
         items=markupsafe.Markup(_safe_json(items)),  # noqa: S704 (escaped by _safe_json)
@@ -132,6 +125,45 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
         thumbnail=size,
         left_out=left_out,
     )
+
+
+def _label_parts(
+    run: Path,
+    manifest: Manifest,
+    title: str,
+    metrics: dict[str, Any],
+    rows: list[dict[str, Any]],
+    read_image: Callable[[int], npt.NDArray[np.uint8]],
+) -> dict[str, Any]:
+    """What only the page for one label per picture has."""
+    clean = manifest.column("clean_label").astype(int)
+    known = bool((clean[[r["index"] for r in rows]] != -2).any())
+    return {
+        "known": known,
+        "accuracy": _accuracy_chart(run, manifest, title),
+        "coverage": _coverage(rows, clean, manifest.class_names, known),
+        "map": _map_chart(run, manifest, rows),
+        "flow": _flow_chart(rows, manifest.class_names),
+        "open_set": _open_set(run, metrics, manifest, read_image),
+    }
+
+
+def _sets_parts(
+    run: Path,
+    manifest: Manifest,
+    title: str,
+    metrics: dict[str, Any],
+    rows: list[dict[str, Any]],
+    read_image: Callable[[int], npt.NDArray[np.uint8]],
+) -> dict[str, Any]:
+    """What only the page for several labels per picture has: average precision by class."""
+    test = metrics["test"]
+    if test is None:
+        return {"accuracy": ""}
+    ours, plain = test["model"]["by_class"], (test["plain"] or {}).get("by_class")
+    order = sorted((c for c, v in enumerate(ours) if v is not None), key=lambda c: ours[c])
+    bars = [(manifest.class_names[c], None if plain is None else plain[c], ours[c]) for c in order]
+    return {"accuracy": bar_pairs(bars, names=("plain training", title))}
 
 
 def _json(path: Path) -> Any:
@@ -167,6 +199,7 @@ def _gallery(
     read_image: Callable[[int], npt.NDArray[np.uint8]],
     side: int,
     budget: int,
+    items_of: Callable[[list[dict[str, Any]], list[str]], list[dict[str, Any]]],
 ) -> tuple[list[dict[str, Any]], list[str], int, int]:
     """Items for the script and sprite sheets of their thumbnails within the budget (characters of the page)."""
     texts = manifest.texts
@@ -176,7 +209,7 @@ def _gallery(
     for scale, quality in ((1.0, 70), (1.0, 50), (0.75, 50), (0.67, 35)):
         size = round(side * scale)
         sheets = _sheets(thumbs, size, quality)
-        items = _items(order, texts)
+        items = items_of(order, texts)
         if sum(map(len, sheets)) + len(_safe_json(items).encode()) <= budget or (scale, quality) == (0.67, 35):
             break
     total = sum(map(len, sheets)) + len(_safe_json(items).encode())
@@ -184,7 +217,7 @@ def _gallery(
         keep = max(1, int(len(order) * budget / total * 0.95))
         chosen = sorted(sorted(range(len(order)), key=lambda i: -order[i]["p_wrong"])[:keep])
         order, thumbs = [order[i] for i in chosen], [thumbs[i] for i in chosen]
-        sheets, items = _sheets(thumbs, size, quality), _items(order, texts)
+        sheets, items = _sheets(thumbs, size, quality), items_of(order, texts)
     return items, sheets, size, len(rows) - len(order)
 
 
@@ -226,6 +259,16 @@ def _items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]
     ]  # fmt: skip
 
 
+def _set_items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": _shown(r["id"], 120), "g": r["given"], "a": r["added"], "r": r["removed"], "i": r["ignored"],
+            "t": _shown(texts[r["index"]]), "p": round(r["p_wrong"], 3),
+        }
+        for r in order
+    ]  # fmt: skip
+
+
 def _data_section(manifest: Manifest, rows: list[dict[str, Any]]) -> dict[str, Any]:
     reasons = Counter(manifest.skipped.column("reason").to_pylist())
     examples: dict[str, list[str]] = {}
@@ -237,7 +280,12 @@ def _data_section(manifest: Manifest, rows: list[dict[str, Any]]) -> dict[str, A
     splits = Counter(manifest.column("split").tolist())
     per_class: dict[str, Counter[str]] = {name: Counter() for name in manifest.class_names}
     for r in rows:
-        per_class[r["given"]][r["verdict"]] += 1
+        if "added" in r:  # several labels
+            for kind in ("given", "added", "removed"):
+                for name in r[kind]:
+                    per_class[name][kind] += 1
+        else:
+            per_class[r["given"]][r["verdict"]] += 1
     return {
         "pictures": len(manifest),
         "splits": dict(splits.most_common()),

@@ -51,6 +51,15 @@ SYSTEMS: dict[str, System] = {
             job="contralto.pipelines.capro:CAProJob",
         ),
         System(
+            name="capro-multilabel",
+            title="CAPro (multi-label)",
+            problem="classifier of several labels and corrected sets of labels from noisy tags",
+            data="images with tags or titles, class definitions; sets of right labels for testing if there are any",
+            paper="CAPro: Webly Supervised Learning with Cross-Modality Aligned Prototypes, NeurIPS 2023, arXiv 2310.09761",
+            path="contralto.systems.webly.capro_multilabel:CAProMultiLabel",
+            job="contralto.pipelines.capro_multilabel:CAProMultiLabelJob",
+        ),
+        System(
             name="fopro",
             title="FoPro",
             problem="classifier, noise list and corrected labels from noisy web images, guided by a few labels of people",

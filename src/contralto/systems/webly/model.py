@@ -30,10 +30,10 @@ MAX_SIZE = 2**20
 """Widths and sides above this are no model but damage."""
 
 
-class Predictions(list[str]):
-    """Class names, one per picture, with `probabilities` (N, C) beside them."""
+class Predictions(list[Any]):
+    """Class names, one per picture (of a model of several labels: a list of them), with `probabilities` (N, C) beside them."""
 
-    def __init__(self, names: list[str], probabilities: npt.NDArray[np.float32]) -> None:
+    def __init__(self, names: list[Any], probabilities: npt.NDArray[np.float32]) -> None:
         super().__init__(names)
         self.probabilities = probabilities
 
@@ -45,7 +45,7 @@ class WebClassifier(nn.Module):
     ----------
     config : dict
         As in `config.json`: `encoder` (name), `num_features`, `size`, `crop`, `mean`, `std`, `classes`, `hidden`, `dim`,
-        `temperature`.
+        `temperature`, and `multilabel` where every class is a yes or no of its own.
     encoder : nn.Module, optional
         The image encoder; built from its name without weights if not given.
 
@@ -71,12 +71,15 @@ class WebClassifier(nn.Module):
         self.classifier = nn.Linear(config["num_features"], len(self.classes), bias=False)
         hidden = [config["hidden"]] if config["hidden"] else []
         self.projector = mlp([config["num_features"], *hidden, config["dim"]], normalize=True)
-        self.register_buffer("prototypes", torch.zeros(len(self.classes), config["dim"]))
+        self.multilabel = bool(config.get("multilabel", False))
+        sides = (2,) if self.multilabel else ()
+        self.register_buffer("prototypes", torch.zeros(len(self.classes), *sides, config["dim"]))
         self.view = EvalView(config["size"], config["crop"], tuple(config["mean"]), tuple(config["std"]))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (N, 3, S, S) to class probabilities (N, C)."""
-        probabilities: Tensor = self.classifier(self.encoder(pixels)).softmax(1)
+        logits = self.classifier(self.encoder(pixels))
+        probabilities: Tensor = logits.sigmoid() if self.multilabel else logits.softmax(1)
         return probabilities
 
     def predict(self, pictures: Pictures, *, threshold: float = 0.0, batch_size: int = 64) -> Predictions:
@@ -88,12 +91,13 @@ class WebClassifier(nn.Module):
             Paths, encoded bytes, uint8 arrays (H, W, 3) or PIL images, mixed as you like.
         threshold : float
             The answer is "unknown" where no probability is above it; 0 = never. `evaluation.openset` shows what a value does.
+            With several labels: a class is there when its probability is above it; 0 = one half.
         batch_size : int
 
         Returns
         -------
         Predictions
-            A list of class names, with `.probabilities` (N, C).
+            A list of class names (or of lists of them), with `.probabilities` (N, C).
 
         Raises
         ------
@@ -104,12 +108,15 @@ class WebClassifier(nn.Module):
             raise UsageError("predict takes a list of pictures; put the single one into a list")
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold must be in [0, 1], got {threshold}")
-        if threshold > 0 and UNKNOWN in self.classes:
+        if threshold > 0 and UNKNOWN in self.classes and not self.multilabel:
             raise UsageError(f"a class is called {UNKNOWN!r} itself: leave threshold out, and use .probabilities")
         with torch.inference_mode():
             parts = [self(x) for x in self._batches(pictures, batch_size)]
         probabilities = torch.cat(parts) if parts else torch.zeros(0, len(self.classes))
         found = probabilities.cpu().numpy()
+        if self.multilabel:
+            there = found > (threshold or 0.5)
+            return Predictions([[self.classes[c] for c in np.flatnonzero(row)] for row in there], found)
         answers = zip(found.argmax(1).tolist(), found.max(1).tolist(), strict=True) if parts else ()
         return Predictions([self.classes[i] if p > threshold or threshold == 0 else UNKNOWN for i, p in answers], found)
 
