@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +24,8 @@ def test_a_quick_claim_runs_and_goes_on_where_it_stopped(data_folder, tmp_path):
     assert not (tmp_path / "out").exists()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("found.json")}
     assert len(before) == len(fopro.ARMS)
-    assert fopro.reproduce_fopro(tmp_path / "out", **arguments)["data"] == result["data"]
+    again = fopro.reproduce_fopro(tmp_path / "out", **arguments)
+    assert json.dumps(again["data"]) == json.dumps(result["data"])  # as text: there are NaNs among the figures
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "w").rglob("found.json")} == before
 
 
