@@ -81,7 +81,7 @@ def demo(*, out: Path = Path("runs/demo"), fast: bool = False, seed: int = 0, sh
 
     Args:
         out: Run folder.
-        fast: Under a minute: smaller pictures, fewer epochs, TF-IDF texts.
+        fast: A minute or two: smaller pictures, fewer epochs, TF-IDF texts.
         seed: Of everything that is drawn.
     """
     from contralto.pipelines.capro import fit_capro
