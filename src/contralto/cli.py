@@ -207,9 +207,8 @@ def evaluate(
     number = {name: i for i, name in enumerate(model.classes)}
     ours = np.array([number.get(n, -1) for n in manifest.class_names])
     labels = np.where(labels >= 0, ours[labels], -1)
-    splits = manifest.column("split")
-    wanted = split if split is not None else "test" if "test" in splits else None
-    rows = np.flatnonzero((labels >= 0) & ((splits == wanted) if wanted is not None else True))
+    wanted, inside = _split_of(manifest, split)
+    rows = np.flatnonzero((labels >= 0) & inside)
     if len(rows) == 0:
         raise DataError(
             f"no image has a label among the classes of the run ({', '.join(model.classes[:5])}, ...)", file=data
@@ -238,6 +237,13 @@ def evaluate(
     return result
 
 
+def _split_of(manifest: Any, split: str | None) -> tuple[str | None, Any]:
+    """The split that is evaluated, by default `test` if there is one, else None for all; and which rows are in it."""
+    splits = manifest.column("split")
+    wanted = split if split is not None else "test" if "test" in splits else None
+    return wanted, (splits == wanted) if wanted is not None else True
+
+
 def _evaluate_sets(
     model: Any, data: str, label_column: str | None, image_column: str | None, split: str | None, show: bool
 ) -> dict[str, Any]:
@@ -252,9 +258,8 @@ def _evaluate_sets(
     manifest = ingest(
         data, classes=classes, clean_column=label_column, image_column=image_column, image_filter=False, multilabel=True
     )
-    truth, splits = manifest.clean_matrix(), manifest.column("split")
-    wanted = split if split is not None else "test" if "test" in splits else None
-    rows = np.flatnonzero((truth == 1).any(1) & ((splits == wanted) if wanted is not None else True))
+    truth, (wanted, inside) = manifest.clean_matrix(), _split_of(manifest, split)
+    rows = np.flatnonzero((truth == 1).any(1) & inside)
     if len(rows) == 0:
         raise DataError(
             "no image has a label among the classes of the run; name the columns with --label_column", file=data
@@ -632,11 +637,7 @@ def _named_system(words: Sequence[str]) -> str:
     """The system on a command line of `fit`; the first one when there is none yet, as for `contralto fit --help`."""
     from contralto.systems.registry import SYSTEMS
 
-    return (
-        next((w for w in words[1:] if not w.startswith("-")), next(iter(SYSTEMS)))
-        if len(words) > 1
-        else next(iter(SYSTEMS))
-    )
+    return next((w for w in words[1:] if not w.startswith("-")), next(iter(SYSTEMS)))
 
 
 def _named_preset(argv: Sequence[str]) -> str | None:

@@ -21,7 +21,6 @@ reproduced if the 95 % bootstrap interval over seeds and groups of test pictures
 else inconclusive.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -34,13 +33,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from rich.console import Console
 
-from contralto.claims.runner import compare, demand_plots, points, save
+from contralto.claims.runner import compare, demand_plots, found_once, points, save
 from contralto.data.definitions import load_definitions
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import per_class_accuracy
-from contralto.files import write_atomically
 from contralto.pipelines.capro import CAProJob
 from contralto.pipelines.job import load_preset
 from contralto.systems.webly.base import scale_rule
@@ -197,10 +195,10 @@ def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path
 def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, *, quick: bool) -> dict[str, Any]:
     """Train one arm and test it; what was found is kept, the weights are not."""
     folder = work / name / f"seed{seed}" / f"{arm}-{rate}{'-quick' if quick else ''}"
-    done = folder / "found.json"
-    if done.exists():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
-    shutil.rmtree(folder, ignore_errors=True)
+    return found_once(folder, lambda: _train(arm, seed, folder, shared, rate, quick=quick))
+
+
+def _train(arm: str, seed: int, folder: Path, shared: Path, rate: float, *, quick: bool) -> dict[str, Any]:
     shutil.copytree(shared, folder / "manifest")
     manifest = Manifest.load(shared)
     train = (manifest.column("split") == "train") & (manifest.labels >= 0)
@@ -233,7 +231,6 @@ def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, 
         found["anchors"] = float((job.labels == clean)[job.anchors].mean())
     found["predicted"] = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1).tolist()
     shutil.rmtree(folder / "stages")
-    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
     return found
 
 

@@ -14,7 +14,6 @@ Rates: the best of `GRID` on 500 other unshifted pictures, with seed 100 (`choos
 """
 
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -27,9 +26,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 from rich.console import Console
 
-from contralto.claims.runner import compare, demand_plots, save
+from contralto.claims.runner import compare, demand_plots, found_once, save
 from contralto.errors import DataError, UsageError
-from contralto.files import write_atomically
 from contralto.pipelines.fopro import FoProJob
 
 __all__ = ["ARMS", "RATES", "choose_rates", "reproduce_fopro"]
@@ -158,10 +156,10 @@ def _one(
 def _arm(arm: str, k: int, seed: int, work: Path, rate: float, *, quick: bool) -> dict[str, Any]:
     """Train one arm and test it; what was found is kept, the weights are not."""
     folder = work / f"{k}" / f"seed{seed}" / f"{arm}-{rate}{'-quick' if quick else ''}"
-    done = folder / "found.json"
-    if done.exists():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
-    shutil.rmtree(folder, ignore_errors=True)
+    return found_once(folder, lambda: _train(arm, k, seed, folder, rate, quick=quick))
+
+
+def _train(arm: str, k: int, seed: int, folder: Path, rate: float, *, quick: bool) -> dict[str, Any]:
     folder.mkdir(parents=True)
     shots = make_data(folder, k, seed, quick=quick)
     arguments = SETTINGS | ARMS[arm] | {"seed": seed, "lr": rate, "shots": shots}
@@ -190,8 +188,6 @@ def _arm(arm: str, k: int, seed: int, work: Path, rate: float, *, quick: bool) -
         found["noise"] = job.noise()
     found["predicted"] = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1).tolist()
     shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
     return found
 
 

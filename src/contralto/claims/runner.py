@@ -1,7 +1,8 @@
 """What all claims share: paired comparisons with intervals and a verdict, the file and the picture that they leave."""
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from contralto.evaluation.classification import accuracy_interval
 from contralto.files import write_atomically
 from contralto.pipelines.outputs import environment
 
-__all__ = ["CLAIMS", "compare", "demand_plots", "get_claim", "points", "save"]
+__all__ = ["CLAIMS", "compare", "demand_plots", "found_once", "get_claim", "points", "save"]
 
 CLAIMS = {"capro": "reproduce_capro", "fopro": "reproduce_fopro"}
 """System -> function of `contralto.claims.<system>` that runs its claim."""
@@ -31,6 +32,18 @@ def get_claim(system: str) -> Any:
     if system not in CLAIMS:
         raise UsageError(f"no claim of {system!r} can be run; there are: {', '.join(CLAIMS)}")
     return getattr(import_module(f"contralto.claims.{system}"), CLAIMS[system])
+
+
+def found_once(folder: Path, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an arm found: from `found.json` of its folder, or by training it in the emptied folder and keeping it there."""
+    done = folder / "found.json"
+    if done.exists():
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    shutil.rmtree(folder, ignore_errors=True)
+    found = train()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
+    return found
 
 
 def compare(

@@ -164,20 +164,7 @@ def fit_capro(
         If the data cannot be used.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("data", "out", "system", "progress")} | system
-    job = CAProJob(str(data), Path(out), arguments, progress)
-    job.claim()
-    job.ingest()
-    if baseline and job.has_test:
-        job.train("plain")
-    job.train("vanilla")
-    job.match()
-    job.train("capro")
-    job.clean()
-    job.train("finetune")
-    job.save_model()
-    job.evaluate()
-    job.report()
-    return job.out
+    return CAProJob(str(data), Path(out), arguments, progress).run()
 
 
 class CAProJob(Job):
@@ -224,6 +211,12 @@ class CAProJob(Job):
 
     def _is_reconciled(self, stage: str) -> bool:
         return stage in ("capro", "finetune") and hasattr(self, "reconciled")
+
+    def learn(self) -> None:
+        """Vanilla training, matching, and CAPro's own."""
+        self.train("vanilla")
+        self.match()
+        self.train("capro")
 
     # Neighbours, texts, matching.
 
@@ -323,7 +316,7 @@ class CAProJob(Job):
         keep = {w for c in self.manifest.classes for s in (c.name, c.definition, *c.queries) for w in words_of(s)}
         if a["text_words"] != "raw":
             texts = clean_texts(texts, keep=keep, words=a["text_words"])
-        if a["drop_even"]:
+        if a.get("drop_even"):  # the multi-label job has no such argument
             texts = drop_even_words([" ".join(words_of(t)) for t in texts], self.labels, self.num_classes, keep=keep)
         return texts
 

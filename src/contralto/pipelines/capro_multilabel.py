@@ -128,20 +128,7 @@ def fit_capro_multilabel(
         If the data cannot be used.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("data", "out", "system", "progress")} | system
-    job = CAProMultiLabelJob(str(data), Path(out), arguments, progress)
-    job.claim()
-    job.ingest()
-    if baseline and job.has_test:
-        job.train("plain")
-    job.train("vanilla")
-    job.match()
-    job.train("capro")
-    job.clean()
-    job.train("finetune")
-    job.save_model()
-    job.evaluate()
-    job.report()
-    return job.out
+    return CAProMultiLabelJob(str(data), Path(out), arguments, progress).run()
 
 
 class CAProMultiLabelJob(CAProJob):
@@ -237,10 +224,6 @@ class CAProMultiLabelJob(CAProJob):
             write_atomically(self.out / "matching.parquet", lambda path: pq.write_table(table, path))
         return self.matching
 
-    def _clean_texts(self) -> list[str]:
-        self.arguments.setdefault("drop_even", False)
-        return super()._clean_texts()
-
     def clean(self) -> pa.Table:
         """The cleaned list: for every picture its labels before and after, and what was added, removed and ignored."""
         with self._timed("cleaning", "judging every label"):
@@ -251,7 +234,11 @@ class CAProMultiLabelJob(CAProJob):
             )  # fmt: skip
             self.corrected, self.valid = label.numpy(), valid.numpy()
             self.new_sets = np.where(self.valid, self.corrected, 0)
-            own = np.where(self.web == 1, s["fused"], 1 - s["fused"])  # of the given side
+            given, new = self.web == 1, self.new_sets == 1
+            self.changes = {
+                "given": given, "added": ~given & new, "removed": given & self.valid & (self.corrected == 0),
+            }  # fmt: skip
+            own = np.where(given, s["fused"], 1 - s["fused"])  # of the given side
             table = self._sets_table(own)
             write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
             write_cleaned_csv(table, self.out / "cleaned.csv")
@@ -264,7 +251,7 @@ class CAProMultiLabelJob(CAProJob):
         def lists(matrix: Array) -> pa.Array:
             return pa.array([[names[c] for c in np.flatnonzero(row)] for row in matrix], pa.list_(pa.string()))
 
-        given = self.web == 1
+        given = self.changes["given"]
         suspect = np.where(given | (self.corrected != self.web), 1 - own, 0)
         worst = suspect.argmax(1)
         return pa.table(
@@ -273,8 +260,8 @@ class CAProMultiLabelJob(CAProJob):
                 "id": self.manifest.column("id")[self.train_rows].tolist(),
                 "given": lists(given),
                 "new": lists(self.new_sets == 1),
-                "added": lists(~given & (self.new_sets == 1)),
-                "removed": lists(given & self.valid & (self.corrected == 0)),
+                "added": lists(self.changes["added"]),
+                "removed": lists(self.changes["removed"]),
                 "ignored": lists(given & ~self.valid),
                 "anchor": lists(self.entries != 0),
                 "p_wrong": suspect.max(1).astype(np.float32),
@@ -287,14 +274,9 @@ class CAProMultiLabelJob(CAProJob):
     def evaluate(self) -> dict[str, Any]:
         """Compare with plain training on the clean test part, and the label sets before and after with the right ones."""
         with self._timed("evaluation", "on the clean labels" if self.has_test else "no clean test labels"):
-            given = self.web == 1
-            metrics: dict[str, Any] = {
-                "counts": {
-                    "given": int(given.sum()), "added": int((~given & (self.new_sets == 1)).sum()),
-                    "removed": int((given & self.valid & (self.corrected == 0)).sum()), "ignored": int((~self.valid).sum()),
-                    "anchors": int((self.entries != 0).sum()),
-                }
-            }  # fmt: skip
+            counts = {name: int(entries.sum()) for name, entries in self.changes.items()}
+            counts |= {"ignored": int((~self.valid).sum()), "anchors": int((self.entries != 0).sum())}
+            metrics: dict[str, Any] = {"counts": counts}
             matrix = self.manifest.clean_matrix()
             if self.has_test:
                 metrics["test"] = self._set_metrics(matrix[self.test_rows] == 1)

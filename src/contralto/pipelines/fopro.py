@@ -118,19 +118,7 @@ def fit_fopro(
         If the data or the shots cannot be used.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("data", "out", "system", "progress")} | system
-    job = FoProJob(str(data), Path(out), arguments, progress)
-    job.claim()
-    job.ingest()
-    if baseline and job.has_test:
-        job.train("plain")
-    for stage in ("prototypes", "relation", "fopro"):
-        job.train(stage)
-    job.clean()
-    job.train("finetune")
-    job.save_model()
-    job.evaluate()
-    job.report()
-    return job.out
+    return FoProJob(str(data), Path(out), arguments, progress).run()
 
 
 class FoProJob(Job):
@@ -151,6 +139,11 @@ class FoProJob(Job):
             f"  {int(self.anchors.sum())} shots, {per_class.min()} to {per_class.max()} per class", highlight=False
         )
         return manifest
+
+    def learn(self) -> None:
+        """Prototypes, the relation alone, and both together."""
+        for stage in ("prototypes", "relation", "fopro"):
+            self.train(stage)
 
     def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         shots = self.arguments["shots"]

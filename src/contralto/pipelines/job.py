@@ -149,6 +149,24 @@ class Job:
         """Where features are kept."""
         return Path(self.arguments["cache"] or self.out / "features")
 
+    def run(self) -> Path:
+        """All stages from the data to the report; those that are done are read."""
+        self.claim()
+        self.ingest()
+        if self.arguments["baseline"] and self.has_test:
+            self.train("plain")
+        self.learn()
+        self.clean()
+        self.train("finetune")
+        self.save_model()
+        self.evaluate()
+        self.report()
+        return self.out
+
+    def learn(self) -> None:
+        """The stages before the labels are judged."""
+        raise NotImplementedError
+
     # The run folder.
 
     def claim(self) -> None:
@@ -469,7 +487,7 @@ class Job:
             table = self._cleaned_table(s, verdict)
             write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
             write_cleaned_csv(table, self.out / "cleaned.csv")
-            self.embedding = s["embedding"]
+            self.cleaned, self.embedding = table, s["embedding"]
         return table
 
     def _cleaned_table(self, s: dict[str, Array], verdict: Array) -> pa.Table:
@@ -552,8 +570,7 @@ class Job:
     def evaluate(self) -> dict[str, Any]:
         """Compare with plain training on the clean test part, judge the noise list and the anchors; write `metrics.json`."""
         with self._timed("evaluation", "on the clean labels" if self.has_test else "no clean test labels"):
-            table = pq.read_table(self.out / "cleaned.parquet")
-            verdicts = table.column("verdict").to_pylist()
+            verdicts = self.cleaned.column("verdict").to_pylist()
             metrics: dict[str, Any] = {"counts": {v.word: verdicts.count(v.word) for v in Verdict}}
             if self.has_test:
                 metrics["test"] = self._test_metrics()
@@ -584,10 +601,9 @@ class Job:
 
     def noise(self) -> dict[str, float]:
         """How good the cleaned list is, by the clean labels."""
-        table = pq.read_table(self.out / "cleaned.parquet")
         clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
-        marked = flagged(table.column("verdict").to_pylist())
-        return noise_metrics(self.labels, clean, self.new_labels, marked, table.column("p_wrong").to_numpy())
+        marked, p_wrong = flagged(self.cleaned.column("verdict").to_pylist()), self.cleaned.column("p_wrong").to_numpy()
+        return noise_metrics(self.labels, clean, self.new_labels, marked, p_wrong)
 
     def _test_metrics(self) -> dict[str, Any]:
         labels = self.manifest.column("clean_label")[self.test_rows].astype(np.int64)

@@ -1,7 +1,5 @@
 """CAPro's step against values of the official code and against a slow reference; its invariants."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,12 +12,10 @@ from contralto.errors import UsageError
 from contralto.systems.webly.base import lr_factor
 from contralto.systems.webly.capro import CAPro, bootstrapping_target
 
-REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "capro_step.npz", allow_pickle=False)
+from tests.systems.webly.reference import fill, load, reference_case
+
+REFERENCE = load("capro_step.npz")
 CASES = ("web_noclean", "web_clean", "web_weights")
-
-
-def reference_case(case):
-    return {k.removeprefix(f"{case}__"): torch.from_numpy(REFERENCE[k]) for k in REFERENCE.files if k.startswith(case)}
 
 
 def build(ref, cleaning):
@@ -28,17 +24,9 @@ def build(ref, cleaning):
         nn.Linear(6, 8, bias=False), num_classes=5, num_features=8, hidden=7, dim=4, queue_size=12,
         init_proto_epoch=0, start_clean_epoch=0 if cleaning else 9, frozen_encoder_epoch=0, momentum_prototype=0.9,
     ).double()  # fmt: skip
+    fill(system, ref)
     with torch.no_grad():
-        for ours, theirs in (("projector", "projection"), ("reconstructor", "projection_back")):
-            for layer in (0, 2):
-                getattr(system, ours)[layer].weight.copy_(ref[f"init__{theirs}.{layer}.weight"])
-                getattr(system, ours)[layer].bias.copy_(ref[f"init__{theirs}.{layer}.bias"])
-        system.encoder.weight.copy_(ref["init__encoder_q.weight"])
-        system.momentum_encoder.weight.copy_(ref["init__encoder_k.weight"])
-        system.classifier.weight.copy_(ref["init__classifier.fc.weight"])
         system.auxiliary.weight.copy_(ref["init__classifier_projection.fc.weight"])
-        system.queue.keys.copy_(ref["init__queue"].T)
-        system.prototypes.copy_(ref["init__prototypes"])
     return system
 
 
@@ -54,7 +42,7 @@ def batch_of(ref, weight=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_equals_the_official_code(case):
-    ref = reference_case(case)
+    ref = reference_case(REFERENCE, case)
     system = build(ref, cleaning=case == "web_clean")
     # The official single-label trainer multiplies a column by a row: in effect a constant weight, the mean of all.
     weight = ref["sample_weight"][:, 0].mean().expand(6)
@@ -142,7 +130,7 @@ def slow_step(system, batch, epoch):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_one_step_equals_a_slow_reference(cleaning, seed):
     generator = torch.Generator().manual_seed(seed)
-    system = build(reference_case("web_clean"), cleaning)
+    system = build(reference_case(REFERENCE, "web_clean"), cleaning)
     system.classifier.weight.data.mul_(3)
     batch = {
         "views": [torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(2)],

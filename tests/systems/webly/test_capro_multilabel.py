@@ -1,8 +1,5 @@
 """Multi-label CAPro's step against values of the official code; its rule entry by entry; its invariants."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,19 +7,13 @@ from torch import nn
 from contralto.errors import UsageError
 from contralto.systems.webly.capro_multilabel import CAProMultiLabel, correct_entries, positive_weights
 
-REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "capro_multilabel.npz", allow_pickle=False)
+from tests.systems.webly.reference import fill, load, reference_case
+
+REFERENCE = load("capro_multilabel.npz")
 
 
 def close(a, b, **options):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, **options)
-
-
-def reference_case(case):
-    return {
-        k.removeprefix(f"{case}__"): torch.from_numpy(REFERENCE[k])
-        for k in REFERENCE.files
-        if k.startswith(f"{case}__")
-    }
 
 
 def build(ref, cleaning):
@@ -32,21 +23,12 @@ def build(ref, cleaning):
         start_clean_epoch=0 if cleaning else 9, frozen_encoder_epoch=0, momentum_prototype=0.9,
         threshold=0.7 if cleaning else 0.9,
     ).double()  # fmt: skip
+    fill(system, ref)
     with torch.no_grad():
-        for ours, theirs in (("projector", "projection"), ("reconstructor", "projection_back")):
-            for layer in (0, 2):
-                getattr(system, ours)[layer].weight.copy_(ref[f"init__{theirs}.{layer}.weight"])
-                getattr(system, ours)[layer].bias.copy_(ref[f"init__{theirs}.{layer}.bias"])
-        system.encoder.weight.copy_(ref["init__encoder_q.weight"])
-        system.momentum_encoder.weight.copy_(ref["init__encoder_k.weight"])
-        system.classifier.weight.copy_(ref["init__classifier.fc.weight"])
         for c in range(5):
             system.spaces[c].copy_(ref[f"init__projection_class.{c}.0.weight"])
             system.offsets[c].copy_(ref[f"init__projection_class.{c}.0.bias"])
             system.auxiliary.weight[c].copy_(ref[f"init__classifier_projection.{c}.fc.weight"][0])
-        system.queue.keys.copy_(ref["init__queue"].T)
-        system.queue.pointer.copy_(ref["init__queue_ptr"][0])
-        system.prototypes.copy_(ref["init__prototypes"])
         system.positive_weight.copy_(ref["pos_weight"])
     return system
 
@@ -60,7 +42,7 @@ def batch_of(ref):
 
 @pytest.mark.parametrize("case", ["nus_noclean", "nus_clean"])
 def test_one_step_equals_the_official_code(case):
-    ref = reference_case(case)
+    ref = reference_case(REFERENCE, case)
     system = build(ref, cleaning=case == "nus_clean")
     out = system.step(batch_of(ref), epoch=1)
     out["loss"].backward()

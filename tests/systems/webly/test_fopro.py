@@ -1,8 +1,5 @@
 """FoPro's step against values of the official code; its stages, its invariants."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +9,9 @@ from contralto.errors import UsageError
 from contralto.prototypes.bank import density_temperature
 from contralto.systems.webly.fopro import FoPro
 
-REFERENCE = np.load(Path(__file__).parents[2] / "reference" / "fopro_step.npz", allow_pickle=False)
+from tests.systems.webly.reference import fill, load, reference_case
+
+REFERENCE = load("fopro_step.npz")
 # Case: epoch, gamma, what corrects. Prototypes are on from epoch 1, cleaning from 2, the relation from 3.
 CASES = {
     "warm": (0, 0.6, "fusion"),
@@ -27,14 +26,6 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-def reference_case(case):
-    return {
-        k.removeprefix(f"{case}__"): torch.from_numpy(REFERENCE[k])
-        for k in REFERENCE.files
-        if k.startswith(f"{case}__")
-    }
-
-
 def build(ref, gamma=0.6, cleaning="fusion", **arguments):
     """The tiny network of the reference values, in float64."""
     arguments = {"stage": "fopro", "init_proto_epoch": 0, "start_clean_epoch": 1, "relation_clean_epoch": 2} | arguments
@@ -43,19 +34,10 @@ def build(ref, gamma=0.6, cleaning="fusion", **arguments):
         momentum_prototype=0.9, threshold=gamma, cleaning=cleaning, **arguments,
     ).double()  # fmt: skip
     system.relation.pair, system.relation.out = nn.Linear(8, 5, bias=False), nn.Linear(5, 1, bias=False)
+    fill(system, ref)
     with torch.no_grad():
-        for ours, theirs in (("projector", "projection"), ("reconstructor", "projection_back")):
-            for layer in (0, 2):
-                getattr(system, ours)[layer].weight.copy_(ref[f"init__{theirs}.{layer}.weight"])
-                getattr(system, ours)[layer].bias.copy_(ref[f"init__{theirs}.{layer}.bias"])
-        system.encoder.weight.copy_(ref["init__encoder_q.weight"])
-        system.momentum_encoder.weight.copy_(ref["init__encoder_k.weight"])
-        system.classifier.weight.copy_(ref["init__classifier.fc.weight"])
         system.auxiliary.weight.copy_(ref["init__classifier_projection.fc.weight"])
-        system.queue.keys.copy_(ref["init__queue"].T)
-        system.queue.pointer.copy_(ref["init__queue_ptr"][0])
         for ours, theirs in (
-            ("prototypes", ""),
             ("temperatures", "_density"),
             ("distance", "_distance"),
             ("count", "_visited"),
@@ -75,7 +57,7 @@ def batch_of(ref):
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_step_equals_the_official_code(case):
-    ref = reference_case(case)
+    ref = reference_case(REFERENCE, case)
     epoch, gamma, cleaning = CASES[case]
     system = build(ref, gamma, cleaning)
     seen = {}

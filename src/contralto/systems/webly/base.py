@@ -50,15 +50,16 @@ class WeblySystem(LightningModule):
         Raises
         ------
         UsageError
-            If the stage or the number of classes cannot be.
+            If the stage or the number of classes cannot be, or what `scale_rule` gives is missing.
         """
         if stage not in self.stages:
             raise UsageError(f"stage must be one of {', '.join(self.stages)}; got {stage!r}")
         if num_classes < 2:
             raise UsageError(f"num_classes must be at least 2, got {num_classes}")
-        if queue_size is None:
-            raise UsageError("queue_size must be a number here: scale_rule gives it from the data")
         h = self.arguments
+        if queue_size is None or h.momentum_prototype is None:
+            missing = "queue_size" if queue_size is None else "momentum_prototype"
+            raise UsageError(f"{missing} must be a number here: scale_rule gives it from the data")
         hidden = [h.hidden] if h.hidden else []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(h.seed)
@@ -100,6 +101,10 @@ class WeblySystem(LightningModule):
     def first_epoch(self) -> int:
         """Number of the first epoch of this stage; stages may count through."""
         return 0
+
+    def nothing(self) -> Tensor:
+        """Zero with a gradient of zero for all parameters: every rank must reach them, also where it has no loss for them."""
+        return torch.stack([0.0 * p.sum() for p in self.parameters() if p.requires_grad]).sum()
 
     # What the trainer calls.
 

@@ -218,8 +218,6 @@ class CAPro(StagedCAPro):
         seed: int = 1024,
     ) -> None:
         super().__init__()
-        if momentum_prototype is None:
-            raise UsageError("momentum_prototype must be a number here: scale_rule gives it from the data")
         _check(threshold, alpha, beta, text_weight, temperature, label_reference)
         self.save_hyperparameters(ignore=["encoder"])
         self.build(encoder, num_classes, num_features, stage, queue_size)

@@ -117,8 +117,6 @@ class CAProMultiLabel(StagedCAPro):
         seed: int = 1024,
     ) -> None:
         super().__init__()
-        if momentum_prototype is None:
-            raise UsageError("momentum_prototype must be a number here: scale_rule gives it from the data")
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} must be in [0, 1], got {value}")
@@ -194,9 +192,8 @@ class CAProMultiLabel(StagedCAPro):
         if world_size() > 1:
             rows, share = mean_weight(given.new_tensor(len(given))), mean_weight(kept.sum())
             out = {k: (rows if k == "loss_ins" else share) * x for k, x in out.items()}
-            out["loss_none"] = torch.stack([0.0 * p.sum() for p in self.parameters() if p.requires_grad]).sum()
-        out["loss"] = torch.stack(list(out.values())).sum()
-        out.pop("loss_none", None)
+        losses = [*out.values(), *([self.nothing()] if world_size() > 1 else [])]
+        out["loss"] = torch.stack(losses).sum()
         if cleaning:
             out["kept"] = valid.float().mean()
             out["corrected"] = (valid & (label != given)).float().mean()
@@ -207,7 +204,7 @@ class CAProMultiLabel(StagedCAPro):
         return F.normalize(torch.einsum("bd,ced->bce", z, self.spaces) + self.offsets, dim=2)
 
     def _auxiliary_logits(self, each: Tensor) -> Tensor:
-        logits: Tensor = (F.normalize(each, dim=2) * self.auxiliary.weight).sum(2)
+        logits: Tensor = (each * self.auxiliary.weight).sum(2)  # their rows are of length one already
         return logits
 
     def _prototype_logits(self, each: Tensor, prototypes: Tensor) -> Tensor:
@@ -231,9 +228,8 @@ class CAProMultiLabel(StagedCAPro):
         return (bootstrapping_weights(z, keys) @ votes).clamp(0, 1)
 
     def _binary(self, logits: Tensor, label: Tensor) -> Tensor:
-        target = label.clamp_min(0).to(logits.dtype)
         weight = self.positive_weight.to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
+        return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), pos_weight=weight, reduction="none")
 
     def _entry_losses(
         self,
@@ -258,7 +254,7 @@ class CAProMultiLabel(StagedCAPro):
             "loss_aux": (weight * mask * both).mean(),
         }
         if prototypes_on:
-            side = label.clamp_min(0).long()
+            side = label.long()
             near = -self._prototype_logits(each, prototypes).log_softmax(2).gather(2, side.unsqueeze(2)).squeeze(2)
             sides = torch.stack([torch.ones_like(self.positive_weight[0]), self.positive_weight.mean()]).to(near.dtype)
             out["loss_pro"] = h.lambda_pro * (mask * sides[side] * near).mean()
@@ -267,7 +263,7 @@ class CAProMultiLabel(StagedCAPro):
     def _move_prototypes(self, each: Tensor, label: Tensor, valid: Tensor) -> None:
         """CAPro 5.7 for every class and side: entry (i, c) moves prototype 2 c + side in the order of the global batch."""
         rows, y, on = gather_rows(each), gather_rows(label), gather_rows(valid)
-        number = 2 * torch.arange(y.shape[1], device=y.device) + y.clamp_min(0).long()
+        number = 2 * torch.arange(y.shape[1], device=y.device) + y.long()
         moved = ema_update(
             self.prototypes.flatten(0, 1),
             rows[on].to(self.prototypes.dtype),

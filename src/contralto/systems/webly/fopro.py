@@ -180,8 +180,6 @@ class FoPro(WeblySystem):
         seed: int = 1024,
     ) -> None:
         super().__init__()
-        if momentum_prototype is None:
-            raise UsageError("momentum_prototype must be a number here: scale_rule gives it from the data")
         if not 0 <= alpha <= 1:
             raise UsageError(f"alpha must be in [0, 1], got {alpha}")
         if not temperature > 0 or not threshold > 0:
@@ -235,7 +233,7 @@ class FoPro(WeblySystem):
         # 2. The momentum encoder moves before it is used.
         if h.stage != "relation":
             momentum_update(self.momentum_encoder, self.encoder, h.momentum_encoder)
-        with torch.no_grad():
+        with torch.no_grad():  # in warm-up too, where only its batch norms follow: prototypes start in this space
             slow = self.projector(self.momentum_encoder(batch["views"][0]))
         # 3. Soft target and confidence, by prototypes as they are.
         prototypes = self.prototypes.clone()
@@ -265,7 +263,7 @@ class FoPro(WeblySystem):
         if h.stage == "relation":
             return self._with_total(out, cleaning, kept, label, given)
         # 8. Losses of the network, each a mean over its own samples.
-        weight = batch["weight"] * self.class_weights[label].to(v.dtype)
+        weight, every = batch["weight"] * self.class_weights[label].to(v.dtype), torch.ones_like(kept)
         if prototypes_on:
             with torch.no_grad():
                 key = self.projector(self.momentum_encoder(batch["views"][1]))
@@ -276,7 +274,6 @@ class FoPro(WeblySystem):
             scale = self.temperatures.to(z.dtype)
             near = margin_logits(z @ prototypes.to(z.dtype).T, label, h.margin * shot.to(z.dtype), scale)
             self._add(out, "loss_pro", kept, lambda rows: label_loss(near[rows], label[rows]).mean())
-            every = torch.ones_like(kept)
             self._add(out, "loss_ins", every, lambda _: instance_contrast(z, key, negatives, h.temperature))
         else:
             each = weight * label_loss(logits, label)
@@ -285,7 +282,7 @@ class FoPro(WeblySystem):
             out, "loss_aux", archive, lambda rows: self._auxiliary_loss(z, batch["views"][1], label, weight, rows)
         )
         source, goal = (z.detach(), v.detach()) if prototypes_on else (self.projector(v.detach()), v.detach())
-        self._add(out, "loss_recn", torch.ones_like(kept), lambda _: F.mse_loss(self.reconstructor(source), goal))
+        self._add(out, "loss_recn", every, lambda _: F.mse_loss(self.reconstructor(source), goal))
         return self._with_total(out, cleaning, kept, label, given)
 
     def judge(
@@ -339,10 +336,8 @@ class FoPro(WeblySystem):
         self, out: dict[str, Tensor], cleaning: bool, kept: Tensor, label: Tensor, given: Tensor
     ) -> dict[str, Tensor]:
         losses = list(out.values())
-        if (
-            world_size() > 1 or not losses
-        ):  # every rank must reach all parameters, and nothing to learn is a gradient of zero
-            losses.append(torch.stack([0.0 * p.sum() for p in self.parameters() if p.requires_grad]).sum())
+        if world_size() > 1 or not losses:
+            losses.append(self.nothing())
         out["loss"] = torch.stack(losses).sum()
         if cleaning:
             out["kept"] = kept.float().mean()
