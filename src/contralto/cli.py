@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr) if as_json else _as_it_is():
             result = command(**values, show=not as_json)
         if as_json:
-            print(json.dumps(result, ensure_ascii=False, default=str))
+            from contralto.files import plain_json
+
+            print(plain_json(result))
         return 0
     except SystemExit as exit_:  # from the parser: usage was printed
         return exit_.code if isinstance(exit_.code, int) else 2
@@ -742,8 +744,8 @@ def _table(*columns: str) -> Any:
     return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
-def _percent(x: float) -> str:
-    return f"{100 * x:.1f} %"
+def _percent(x: float | None) -> str:
+    return "-" if x is None else f"{100 * x:.1f} %"
 
 
 def _points(x: float) -> str:

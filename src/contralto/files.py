@@ -1,5 +1,7 @@
 """Files of a run: written so that a process that is killed leaves whole files, or none; read so that damage is named."""
 
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from torch import nn
 
 from contralto.errors import ContraltoError, DataError
 
-__all__ = ["naming", "remove_leftovers", "save_weights", "write_atomically"]
+__all__ = ["naming", "plain_json", "remove_leftovers", "save_weights", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -36,6 +38,38 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_json(value: Any, **how: Any) -> str:
+    """JSON that every reader takes: NaN and infinity, which it has no words for, are null.
+
+    Parameters
+    ----------
+    value
+        Dictionaries, lists, strings and numbers; what is none of these is told by `str`.
+    **how
+        Of `json.dumps`.
+
+    Examples
+    --------
+    >>> plain_json({"precision": float("nan"), "n": [3]})
+    '{"precision": null, "n": [3]}'
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, default=str, **how)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `plain_json` of a value, a line for every entry, atomically."""
+    text = plain_json(value, indent=1) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from contralto.systems.webly.capro import EXTENSIONS, CAPro
 from contralto.systems.webly.model import load
 
 from tests.conftest import picture, tiny_rows
+from tests.runs import assert_same, same_weights, stopped, weights
 from tests.tiny import FROZEN, TINY
 
 COLUMNS = [
@@ -33,14 +34,6 @@ def finished(request, tiny_parquet, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "r"
     definitions = tiny_parquet.with_name("classes.yaml")
     return fit_capro(str(tiny_parquet), out, definitions=definitions, **request.param), request.param
-
-
-def weights(run):
-    return {s: load_file(run / "stages" / s / "weights.safetensors") for s in ("plain", "vanilla", "capro", "finetune")}
-
-
-def same_weights(a, b):
-    return all(torch.equal(a[s][k], b[s][k]) for s in a for k in a[s])
 
 
 def test_everything_promised_is_there(finished):
@@ -87,28 +80,16 @@ def test_the_same_arguments_give_the_same_run(finished, tiny_parquet, tmp_path):
     again = fit_capro(
         str(tiny_parquet), tmp_path / "r", definitions=tiny_parquet.with_name("classes.yaml"), **arguments
     )
-    assert same_weights(weights(run), weights(again))
-    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
+    assert_same(run, again)
 
 
 @pytest.mark.parametrize(("stage", "epoch"), [("plain", 3), ("vanilla", 0), ("capro", 0), ("capro", 1), ("capro", 3)])
 def test_an_interrupted_job_goes_on_and_ends_the_same(finished, tiny_parquet, tmp_path, monkeypatch, stage, epoch):
     run, arguments = finished
     call = {"definitions": tiny_parquet.with_name("classes.yaml"), **arguments}
-    step = CAPro.training_step
-
-    def stops(self, batch, batch_idx):
-        if (self.hparams.stage, self.current_epoch, batch_idx) == (stage, epoch, 2):
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(CAPro, "training_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            fit_capro(str(tiny_parquet), tmp_path / "r", **call)
-    resumed = fit_capro(str(tiny_parquet), tmp_path / "r", **call)
-    assert same_weights(weights(run), weights(resumed))
-    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(resumed / "cleaned.parquet"))
+    with stopped(monkeypatch, CAPro, stage, epoch, 2):
+        fit_capro(str(tiny_parquet), tmp_path / "r", **call)
+    assert_same(run, fit_capro(str(tiny_parquet), tmp_path / "r", **call))
 
 
 def test_a_finished_job_computes_nothing_again(finished, tiny_parquet, monkeypatch):
@@ -132,8 +113,7 @@ def test_clean_labels_change_nothing_that_is_learnt(finished, tiny_parquet, tmp_
     other = tmp_path / "tiny.parquet"
     pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", shuffled), other)
     again = fit_capro(str(other), tmp_path / "r", definitions=tiny_parquet.with_name("classes.yaml"), **arguments)
-    assert same_weights(weights(run), weights(again))
-    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(again / "cleaned.parquet"))
+    assert_same(run, again)
     before, after = (json.loads((r / "metrics.json").read_text()) for r in (run, again))
     assert before["test"]["model"] != after["test"]["model"]
     assert before["noise"] != after["noise"]

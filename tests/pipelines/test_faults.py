@@ -28,6 +28,7 @@ from contralto.pipelines.capro import CAProJob, fit_capro
 from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
 from tests.data.test_sources import add
 from tests.killing import whole
+from tests.runs import assert_same, weights
 from tests.tiny import FROZEN, TINY
 
 KILLS = int(os.environ.get("CONTRALTO_KILLS", "1"))  # at any time, for every stage; 20 and more on purpose
@@ -104,11 +105,9 @@ def program(code):
 
 
 def same_runs(a, b):
-    for stage in ("plain", "vanilla", "capro", "finetune"):
-        x, y = (load_file(r / "stages" / stage / "weights.safetensors") for r in (a, b))
-        assert all(torch.equal(x[k], y[k]) for k in x)
+    assert_same(a, b)
+    for stage in weights(a):
         assert len({(r / "stages" / stage / "metrics.jsonl").read_text() for r in (a, b)}) == 1
-    assert pq.read_table(a / "cleaned.parquet").equals(pq.read_table(b / "cleaned.parquet"))
     assert not list(b.rglob(".*.part"))
 
 

@@ -6,8 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.fopro import FoProJob, fit_fopro
@@ -16,6 +14,7 @@ from contralto.systems.webly.fopro import FoPro
 from contralto.systems.webly.model import load
 
 from tests.conftest import tiny_rows
+from tests.runs import assert_same, stopped
 
 TINY = {
     "image_encoder": "resnet8", "image_size": 32, "crop": 1.0, "batch_size": 12, "hidden": 16, "dim": 8, "queue_size": 24,
@@ -52,14 +51,6 @@ def shots(tmp_path_factory):
 def finished(request, tiny_parquet, shots, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "r"
     return fit_fopro(str(tiny_parquet), out, shots=shots, **request.param), request.param
-
-
-def weights(run):
-    return {s: load_file(run / "stages" / s / "weights.safetensors") for s in STAGES}
-
-
-def same(a, b):
-    return all(torch.equal(a[s][k], b[s][k]) for s in a for k in a[s])
 
 
 def test_everything_promised_is_there_and_shots_hold(finished, shots):
@@ -100,20 +91,9 @@ def test_the_saved_model_is_the_trained_one(finished):
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_job_goes_on_and_ends_the_same(finished, tiny_parquet, shots, tmp_path, monkeypatch, stage):
     run, arguments = finished
-    step = FoPro.training_step
-
-    def stops(self, batch, batch_idx):
-        if (self.hparams.stage, self.current_epoch, batch_idx) == (stage, 0, 1):
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FoPro, "training_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            fit_fopro(str(tiny_parquet), tmp_path / "r", shots=shots, **arguments)
-    resumed = fit_fopro(str(tiny_parquet), tmp_path / "r", shots=shots, **arguments)
-    assert same(weights(run), weights(resumed))
-    assert pq.read_table(run / "cleaned.parquet").equals(pq.read_table(resumed / "cleaned.parquet"))
+    with stopped(monkeypatch, FoPro, stage, 0, 1):
+        fit_fopro(str(tiny_parquet), tmp_path / "r", shots=shots, **arguments)
+    assert_same(run, fit_fopro(str(tiny_parquet), tmp_path / "r", shots=shots, **arguments))
 
 
 def test_planted_wrong_labels_are_found_and_clean_labels_change_nothing(tiny_parquet, shots, tmp_path):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from contralto.errors import MissingExtraError, UsageError
 from contralto.evaluation.classification import accuracy_interval
-from contralto.files import write_atomically
+from contralto.files import write_atomically, write_json
 from contralto.pipelines.outputs import environment
 
 __all__ = ["CLAIMS", "compare", "demand_plots", "found_once", "get_claim", "points", "save"]
@@ -42,7 +42,7 @@ def found_once(folder: Path, train: Callable[[], dict[str, Any]]) -> dict[str, A
     shutil.rmtree(folder, ignore_errors=True)
     found = train()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))
+    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))  # NaN is read back
     return found
 
 
@@ -123,8 +123,7 @@ def save(system: str, claim: str, seeds: int, data: Mapping[str, Any], out: Path
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_atomically(out / f"{system}.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(out / f"{system}.json", result)
         _draw(data, out / f"{system}.png")
     return result
 

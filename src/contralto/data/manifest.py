@@ -40,7 +40,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from contralto.errors import DataError
-from contralto.files import naming
+from contralto.files import naming, write_json
 
 __all__ = ["CLEAN_SETS", "MANIFEST_SCHEMA", "SKIPPED_SCHEMA", "ClassInfo", "Manifest"]
 
@@ -183,7 +183,7 @@ class Manifest:
         if self.clean_sets is not None:
             pq.write_table(pa.table({"classes": self.clean_sets}), folder / "clean_sets.parquet")
         classes = [{"name": c.name, "queries": list(c.queries), "definition": c.definition} for c in self.classes]
-        (folder / "classes.json").write_text(json.dumps(classes, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_json(folder / "classes.json", classes)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from contralto.encoders.resnet import Conv4, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
-from contralto.files import save_weights
+from contralto.files import save_weights, write_json
 
 __all__ = ["BilinearPool", "ImageEncoder", "freeze", "image_encoder", "save_encoder", "unfreeze"]
 
@@ -224,7 +224,7 @@ def save_encoder(encoder: ImageEncoder, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"name": encoder.name, "size": encoder.size, "mean": encoder.mean, "std": encoder.std}
-    (folder / "encoder.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(folder / "encoder.json", config)
     save_weights(encoder, folder / "encoder.safetensors")
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from contralto.evaluation.classification import calibration_error
 
-__all__ = ["noise_metrics", "risk_coverage"]
+__all__ = ["anchor_metrics", "noise_metrics", "risk_coverage"]
 
 
 def noise_metrics(
@@ -67,6 +67,30 @@ def noise_metrics(
         "off_topic_precision": _share(outside[dropped]),
         "off_topic_recall": _share(dropped[outside]),
     }
+
+
+def anchor_metrics(
+    given: npt.NDArray[Any], clean: npt.NDArray[Any], anchors: npt.NDArray[np.bool_]
+) -> dict[str, float]:
+    """How many pictures are trusted, and how many of their labels are right.
+
+    Parameters
+    ----------
+    given, clean : array (N,)
+        As in `noise_metrics`.
+    anchors : array (N,) bool
+
+    Returns
+    -------
+    dict
+        `count`, and `precision` among those whose right label is known: NaN if there is none.
+
+    Examples
+    --------
+    >>> anchor_metrics(np.array([0, 1, 1]), np.array([0, 0, -2]), np.array([True, True, True]))
+    {'count': 3, 'precision': 0.5}
+    """
+    return {"count": int(anchors.sum()), "precision": _share((given == clean)[anchors & (clean != -2)])}
 
 
 def risk_coverage(

@@ -16,7 +16,6 @@ score of CAPro 5.6 holds: alpha x classifier + (1 - alpha) x prototypes, with th
 anchors. This is no part of the CAPro paper.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ from contralto.data.manifest import Manifest
 from contralto.encoders.text import encode_distinct
 from contralto.encoders.text import text_encoder as make_text_encoder
 from contralto.errors import DataError, UsageError
-from contralto.evaluation.noise import noise_metrics
-from contralto.files import write_atomically
+from contralto.evaluation.noise import anchor_metrics, noise_metrics
+from contralto.files import write_atomically, write_json
 from contralto.neighbors.graph import adjacency, smooth
 from contralto.neighbors.knn import knn, unit_rows
 from contralto.neighbors.matching import Matching, class_probabilities, match_texts, within_class_rank
@@ -203,9 +202,7 @@ def clean_with_model(
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "cleaned.parquet", lambda path: pq.write_table(table, path))
     write_cleaned_csv(table, out / "cleaned.csv")
-    metrics = _metrics(pictures, judged, matching, given_probs, table, new)
-    text = json.dumps(metrics, indent=1, ensure_ascii=False)
-    write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_json(out / "metrics.json", _metrics(pictures, judged, matching, given_probs, table, new))
     return table
 
 
@@ -526,8 +523,7 @@ def _metrics(
         return metrics
     given, n, marked = pictures.labels, np.arange(len(pictures.labels)), flagged(verdicts)
     metrics["noise"] = noise_metrics(given, clean, new, marked, judged.p_wrong)
-    known = judged.anchors & (clean != -2)
-    metrics["anchors"] = {"count": int(judged.anchors.sum()), "precision": float((given == clean)[known].mean())}
+    metrics["anchors"] = anchor_metrics(given, clean, judged.anchors)
     witnesses = {"text": matching.probability} | ({} if probs is None else {"probs as given": probs}) | judged.opinions
     metrics["alone"] = {
         name: noise_metrics(given, clean, given, marked, 1 - p[n, given])["average_precision"]

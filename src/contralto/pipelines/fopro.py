@@ -131,6 +131,13 @@ class FoProJob(Job):
     before: ClassVar = {"relation": "prototypes", "fopro": "relation", "finetune": "fopro"}
     judging = "fopro"
 
+    def claim(self) -> None:
+        """Make the folder, once the file of shots is known to be there."""
+        shots = self.arguments["shots"]
+        if shots is not None and not Path(shots).is_file():
+            raise DataError("there is no such file", file=str(shots))
+        super().claim()
+
     def ingest(self) -> Manifest:
         """Read the data and the shots."""
         manifest = super().ingest()

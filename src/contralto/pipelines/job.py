@@ -39,9 +39,9 @@ from contralto.encoders.features import cached_array, encode_batches
 from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
-from contralto.evaluation.noise import noise_metrics
+from contralto.evaluation.noise import anchor_metrics, noise_metrics
 from contralto.evaluation.openset import open_set_curve
-from contralto.files import naming, remove_leftovers, write_atomically
+from contralto.files import naming, remove_leftovers, write_atomically, write_json
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
 from contralto.systems.registry import SYSTEMS
@@ -195,8 +195,8 @@ class Job:
             raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.out)
-        self._write_json("config.json", config)
-        self._write_json("environment.json", environment())
+        write_json(self.out / "config.json", config)
+        write_json(self.out / "environment.json", environment())
         if (self.out / "seconds.json").exists():
             with naming(self.out / "seconds.json"):
                 self.seconds = dict(json.loads((self.out / "seconds.json").read_text(encoding="utf-8")))
@@ -204,17 +204,13 @@ class Job:
     def _extensions(self) -> list[str]:
         return [e for e in self.extensions if self.arguments[e] != self.parameters()[e].default]
 
-    def _write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=1, ensure_ascii=False)
-        write_atomically(self.out / name, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-
     @contextmanager
     def _timed(self, name: str, told: str) -> Iterator[None]:
         self.console.print(f"[bold]{name}[/bold]  {told}", highlight=False, soft_wrap=True)
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + round(time.perf_counter() - started, 2)
-        self._write_json("seconds.json", self.seconds)
+        write_json(self.out / "seconds.json", self.seconds)
 
     # Data.
 
@@ -577,15 +573,14 @@ class Job:
             clean = self.manifest.column("clean_label")[self.train_rows].astype(np.int64)
             if (clean != -2).any():
                 metrics["noise"] = self.noise()
-                right = (self.labels == clean)[self.anchors & (clean != -2)]
-                metrics["anchors"] = {"count": int(self.anchors.sum()), "precision": float(right.mean())}
+                metrics["anchors"] = anchor_metrics(self.labels, clean, self.anchors)
         return self._keep_metrics(metrics)
 
     def _keep_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write `metrics.json` and the model card."""
         metrics["time"] = self.seconds
         metrics["memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-        self._write_json("metrics.json", metrics)
+        write_json(self.out / "metrics.json", metrics)
         self.metrics = metrics
         card = model_card(
             SYSTEMS[self.name].title,

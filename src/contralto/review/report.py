@@ -92,7 +92,8 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
     rows = _table(run / "cleaned.parquet").to_pylist()
     name = "report_sets" if get_job(system.name).multilabel else "report"
     templates = resources.files("contralto.review").joinpath("templates")
-    style, script = (templates.joinpath(f).read_text("utf-8") for f in ("report.css", f"{name}.js"))
+    style, shared, own = (templates.joinpath(f).read_text("utf-8") for f in ("report.css", "page.js", f"{name}.js"))
+    script = shared + own
     page = {
         "style": style,
         "script": script,

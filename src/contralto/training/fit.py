@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from contralto import distributed
 from contralto.errors import ContraltoError, DataError, UsageError
-from contralto.files import naming, save_weights, write_atomically
+from contralto.files import naming, save_weights, write_atomically, write_json
 
 __all__ = ["fit_stage"]
 
@@ -100,8 +100,7 @@ def fit_stage(
         _train(module, loader, folder, epochs, progress, checkpoints, dict(trainer or {}))
         if distributed.is_main():
             save_weights(module, folder / "weights.safetensors")
-            done = json.dumps({"epochs": epochs, "seconds": round(time.perf_counter() - started, 2)})
-            write_atomically(folder / "done.json", lambda path: path.write_text(done, encoding="utf-8"))
+            write_json(folder / "done.json", {"epochs": epochs, "seconds": round(time.perf_counter() - started, 2)})
             (folder / "last.ckpt").unlink(missing_ok=True)
     else:
         with naming(folder / "weights.safetensors"):

@@ -18,7 +18,7 @@ from contralto.data.images import decode_image
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
-from contralto.files import naming, save_weights, write_atomically
+from contralto.files import naming, save_weights, write_atomically, write_json
 from contralto.views.image import EvalView
 
 __all__ = ["UNKNOWN", "Predictions", "WebClassifier", "load"]
@@ -145,9 +145,8 @@ class WebClassifier(nn.Module):
         """Write `config.json`, `model.safetensors` and the model card into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(self.config, indent=1, ensure_ascii=False)
         save_weights(self, folder / "model.safetensors")
-        write_atomically(folder / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
+        write_json(folder / "config.json", self.config)
         write_atomically(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
 
     def _batches(self, pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
