@@ -215,7 +215,7 @@ def evaluate(
         raise DataError(
             f"no image has a label among the classes of the run ({', '.join(model.classes[:5])}, ...)", file=data
         )
-    predictions = model.predict([_bytes_of(manifest, int(r)) for r in rows])
+    predictions = model.predict([manifest.read_bytes(int(r)) for r in rows])
     predicted = predictions.probabilities.argmax(1)
     correct = (predicted == labels[rows]).astype(float)
     groups = manifest.column("group")[rows]
@@ -266,7 +266,7 @@ def _evaluate_sets(
         raise DataError(
             "no image has a label among the classes of the run; name the columns with --label_column", file=data
         )
-    predictions = model.predict([_bytes_of(manifest, int(r)) for r in rows])
+    predictions = model.predict([manifest.read_bytes(int(r)) for r in rows])
     result = {"n": len(rows), "split": wanted} | multilabel_metrics(predictions.probabilities, truth[rows] == 1)
     if show:
         table = _table("", "value")
@@ -483,10 +483,44 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     from contralto.review.report import write_report
 
     manifest = Manifest.load(run / "manifest")
-    target = write_report(run, read_image=lambda row: decode_image(_bytes_of(manifest, row)), out=out)
+    target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
     if show:
         _console().print(f"{target}, {target.stat().st_size / 2**20:.1f} MB", highlight=False)
     return {"report": str(target)}
+
+
+def review(
+    run: Path,
+    *,
+    export: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Serve a page on which people go through what a run flagged; or write out what they decided.
+
+    Args:
+        run: Folder of a finished run; decisions are kept there, in review.sqlite.
+        export: Write the labels after the review and end: .parquet, .csv, or a new folder for Hugging Face's datasets.
+        host: Address to listen on. With another than this machine's, whoever opens the page must know the token.
+        port: Port to listen on; 0 takes a free one.
+        token: The token; default: drawn at random where one is needed, and printed with the address.
+    """
+    if export is not None:
+        from contralto.review.export import export_review
+
+        n = export_review(run, export)
+        if show:
+            _console().print(f"{n} images with their labels: {export}", highlight=False)
+        return {"n": n, "file": str(export)}
+    from contralto.review.server import serve
+
+    def ready(address: str) -> None:
+        print(f"Review of {run}: open {address} in a browser; Ctrl-C ends it, every decision is kept.", flush=True)
+
+    serve(run, host=host, port=port, token=token, ready=ready)
+    return {"run": str(run)}
 
 
 def reproduce(
@@ -582,6 +616,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "embed": (embed, "embeddings for new images"),
     "clean": (clean, "the list of wrong images and the corrected labels, of a run or by a model of your own"),
     "report": (report, "the HTML report of a run"),
+    "review": (review, "a page on which people check what a run flagged; and what they decided, as a file"),
     "reproduce": (reproduce, "a paper's claim as a paired experiment, judged"),
     "systems": (systems, "what systems there are"),
     "doctor": (doctor, "what this machine and installation can do"),
@@ -673,15 +708,6 @@ def _pictures(data: str, image_column: str | None) -> tuple[list[str], list[byte
     if not ids:
         raise DataError(f"not one usable image ({skipped} skipped)", file=data)
     return ids, pictures
-
-
-def _bytes_of(manifest: Any, row: int) -> bytes:
-    from contralto.data.sources import ByteReader
-
-    if not hasattr(_bytes_of, "reader") or _bytes_of.reader.root != manifest.root:
-        _bytes_of.reader = ByteReader(manifest.root)  # type: ignore[attr-defined]
-    place = manifest.table.slice(row, 1).select(["source", "container", "member", "offset", "length"]).to_pylist()[0]
-    return _bytes_of.reader.read(**place)  # type: ignore[attr-defined, no-any-return]
 
 
 def _summary(run: Path) -> dict[str, Any]:

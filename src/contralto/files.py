@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from contralto.errors import ContraltoError, DataError
 
-__all__ = ["naming", "plain_json", "remove_leftovers", "save_weights", "write_atomically", "write_json"]
+__all__ = ["naming", "plain_json", "remove_leftovers", "save_array", "save_weights", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -95,6 +97,25 @@ def naming(path: str | Path) -> Iterator[None]:
     except Exception as error:
         told = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
         raise DataError(f"is damaged or of another version ({told})", file=str(path)) from error
+
+
+def save_array(array: npt.NDArray[Any], path: str | Path) -> None:
+    """Write an array as `.npy`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> target = Path(tempfile.mkdtemp()) / "a.npy"
+    >>> save_array(np.arange(3), target)
+    >>> np.load(target)
+    array([0, 1, 2])
+    """
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:  # np.save would add a suffix to a path
+            np.save(file, array, allow_pickle=False)
+
+    write_atomically(path, write)
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:

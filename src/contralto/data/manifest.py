@@ -39,6 +39,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contralto.data.sources import ByteReader
 from contralto.errors import DataError
 from contralto.files import naming, write_json
 
@@ -159,6 +160,25 @@ class Manifest:
                 out[row] = 0
                 out[row, found] = 1
         return out
+
+    def read_bytes(self, row: int) -> bytes:
+        """The encoded picture of a row.
+
+        Raises
+        ------
+        DataError
+            If its file is gone or has changed.
+        """
+        return self._reader.read(*self._places[row])
+
+    @cached_property
+    def _reader(self) -> ByteReader:
+        return ByteReader(self.root)
+
+    @cached_property
+    def _places(self) -> list[tuple[Any, ...]]:
+        names = ("source", "container", "member", "offset", "length")
+        return list(zip(*(self.table.column(n).to_pylist() for n in names), strict=True))
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when pictures, texts, given labels or classes change.

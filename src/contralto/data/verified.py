@@ -1,4 +1,4 @@
-"""Labels by people: a table of ids and classes, checked against a manifest."""
+"""Labels by people: a table of ids and classes, or the decisions of a review, checked against a manifest."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contralto.data.decisions import DATABASE, Decisions
 from contralto.data.manifest import Manifest
 from contralto.errors import DataError
 from contralto.files import naming
 
-__all__ = ["UNKNOWN", "read_verified"]
+__all__ = ["UNKNOWN", "read_reviewed", "read_verified"]
 
 UNKNOWN = -2
 """Nobody has looked at the picture."""
@@ -59,6 +60,51 @@ def read_verified(path: str | Path, manifest: Manifest) -> npt.NDArray[np.int64]
         if out[row] not in (UNKNOWN, number[label]):
             raise DataError(f"{identity[:200]!r} has a second, different label", file=str(path), row=n)
         out[row] = number[label]
+    return out
+
+
+def read_reviewed(run: str | Path, manifest: Manifest) -> npt.NDArray[np.int64]:
+    """The class of every picture by the people who reviewed a run (of these pictures, or of some of them).
+
+    Parameters
+    ----------
+    run : path
+        Run folder in which `contralto review` was at work.
+    manifest : Manifest
+        Pictures are the same where their ids are.
+
+    Returns
+    -------
+    array (N,)
+        As from `read_verified`.
+
+    Raises
+    ------
+    DataError
+        If nobody reviewed the run, a decision has several labels or names a class that is not there, or no picture is the same.
+    """
+    run = Path(run)
+    if not (run / DATABASE).is_file():
+        raise DataError(f"there is no {DATABASE}: nobody reviewed this run", file=str(run))
+    decisions = Decisions(run)
+    holding = decisions.holding()
+    decisions.close()
+    number = {c.name: i for i, c in enumerate(manifest.classes)}
+    out = np.full(len(manifest), UNKNOWN, np.int64)
+    for row, identity in enumerate(manifest.column("id").tolist()):
+        if identity not in holding:
+            continue
+        labels = holding[identity].labels
+        if len(labels) > 1:
+            raise DataError(f"{identity[:200]!r} has several labels; this system learns one", file=str(run))
+        if labels and labels[0] not in number:
+            raise DataError(f"{identity[:200]!r} was called {labels[0][:200]!r}, which is no class here", file=str(run))
+        out[row] = number[labels[0]] if labels else -1
+    if (out == UNKNOWN).all():
+        raise DataError(
+            f"none of the {len(holding)} pictures that people decided about is in these data (compared by id)",
+            file=str(run),
+        )
     return out
 
 

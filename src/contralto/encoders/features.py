@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from contralto.files import write_atomically
+from contralto.files import save_array, write_atomically
 
 __all__ = ["cached_array", "encode_batches"]
 
@@ -59,14 +59,9 @@ def cached_array(
         except (ValueError, OSError) as error:
             warnings.warn(f"{path} cannot be read ({error}) and is computed again", stacklevel=2)
     array = compute()
-    write_atomically(path, lambda part: _save(part, array))
+    save_array(array, path)
     write_atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
     return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
-
-
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    with path.open("wb") as file:  # np.save would add a suffix to a path
-        np.save(file, array, allow_pickle=False)
 
 
 def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str = "cpu") -> npt.NDArray[np.float16]:

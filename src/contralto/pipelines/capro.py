@@ -43,6 +43,7 @@ def fit_capro(
     out: str | Path,
     *,
     definitions: str | Path | None = None,
+    reviewed: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     text_column: str | None = None,
@@ -103,6 +104,9 @@ def fit_capro(
         Run folder. Called again with the same arguments, the job continues where it stopped.
     definitions : path, optional
         Definitions file (`contralto.data.definitions`); missing definitions come from dictionaries at hand.
+    reviewed : path, optional
+        Run whose review (`contralto review`) gave labels by people. They take the place of the web's and are anchors, which no
+        rule judges; what people found to be none of the classes is left out of training.
     image_column, label_column, text_column, id_column, split_column, clean_column, group_column : str, optional
         Columns, where their names are not common ones.
     allow_outside, image_filter, min_side, blank_share
@@ -231,6 +235,7 @@ class CAProJob(Job):
             self.anchors = select_anchors(
                 self.matching, self.labels, a["anchors"], generator=np.random.default_rng([a["seed"], 1])
             )
+            self.anchors |= self.verified
         if a["reconcile"]:
             self._reconcile(texts, own, class_rows)
         self._save_matching()
@@ -287,10 +292,12 @@ class CAProJob(Job):
                     soft_wrap=True,
                 )
                 return
-            c = self.num_classes
+            c, sure = self.num_classes, np.flatnonzero(self.verified)
+            posterior, off_topic = np.array(stored[:, :c], np.float32), np.array(stored[:, c], np.float32)
+            posterior[sure], off_topic[sure] = np.eye(c, dtype=np.float32)[self.labels[sure]], 0
             self.reconciled = Reconciled(
-                np.ascontiguousarray(stored[:, :c], np.float32),
-                np.ascontiguousarray(stored[:, c], np.float32),
+                posterior,
+                off_topic,
                 np.ascontiguousarray(stored[:, c + 1 : 2 * c + 1], np.float32),
                 *map(float, stored[0, -2:]),
             )
@@ -307,7 +314,7 @@ class CAProJob(Job):
                 own = self.reconciled.posterior[rows, self.labels]
                 # Trusted for good, so both must say so: all witnesses together, and the text alone.
                 score = own * self.matching.probability[rows, self.labels]
-                self.anchors = sure_anchors(own, self.labels, self.arguments["anchors"], score=score)
+                self.anchors = sure_anchors(own, self.labels, self.arguments["anchors"], score=score) | self.verified
 
     def _clean_texts(self) -> list[str]:
         a = self.arguments
@@ -377,8 +384,12 @@ class CAProJob(Job):
         return {"text_match": self.matching.probability[rows, self.labels], "text_rank": self.matching.rank}
 
     def _p_wrong(self, given: Array) -> Array:
-        """A posterior is a probability; a fused score has to be made one."""
-        return 1 - given if hasattr(self, "reconciled") else super()._p_wrong(given)
+        """A posterior is a probability; a fused score has to be made one. What people said is right."""
+        if hasattr(self, "reconciled"):
+            return 1 - given
+        out = np.zeros(len(given))
+        out[~self.verified] = super()._p_wrong(given[~self.verified])
+        return out
 
     def _p_off_topic(self) -> pa.Array:
         return pa.array(self.reconciled.off_topic) if hasattr(self, "reconciled") else super()._p_off_topic()

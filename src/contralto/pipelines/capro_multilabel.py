@@ -20,7 +20,7 @@ from contralto.data.manifest import Manifest
 from contralto.data.tags import tag_labels
 from contralto.errors import DataError
 from contralto.evaluation.multilabel import average_precisions, multilabel_metrics
-from contralto.files import write_atomically
+from contralto.files import save_array, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation
 from contralto.neighbors.matching import Match, Matching, match_texts, within_class_rank
 from contralto.pipelines.capro import CAProJob
@@ -242,6 +242,7 @@ class CAProMultiLabelJob(CAProJob):
             table = self._sets_table(own)
             write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
             write_cleaned_csv(table, self.out / "cleaned.csv")
+            save_array(s["embedding"].astype(np.float16), self.out / "embedding.npy")
             self.embedding = s["embedding"]
         return table
 

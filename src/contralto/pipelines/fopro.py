@@ -27,6 +27,7 @@ def fit_fopro(
     out: str | Path,
     *,
     shots: str | Path | None = None,
+    reviewed: str | Path | None = None,
     definitions: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -72,6 +73,8 @@ def fit_fopro(
     shots : path, optional
         CSV or Parquet with `id` and `label` of pictures of the data: the label by people takes the place of the web's and holds
         for good; a picture with an empty one is left out of training. Without it, prototypes start from all pictures.
+    reviewed : path, optional
+        Run whose review (`contralto review`) gave labels by people: they are shots, too; `shots` goes before them.
     definitions : path, optional
         Definitions file; here it only names the classes and what they were searched by.
     image_column, label_column, text_column, id_column, split_column, clean_column, group_column : str, optional
@@ -152,20 +155,13 @@ class FoProJob(Job):
         for stage in ("prototypes", "relation", "fopro"):
             self.train(stage)
 
-    def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        shots = self.arguments["shots"]
-        labels = self.manifest.labels.astype(np.int64)
+    def _verified(self) -> npt.NDArray[np.int64]:
+        """Decisions of a review, and the table of shots, which goes before them."""
+        decided, shots = super()._verified(), self.arguments["shots"]
         if shots is None:
-            return super()._trusted()
+            return decided
         verified = read_verified(shots, self.manifest)
-        known = verified != UNKNOWN
-        outside = known & (self.manifest.column("split") != "train")
-        if outside.any():
-            first = self.manifest.column("id")[np.flatnonzero(outside)[0]]
-            raise DataError(
-                f"{first!r} is no training picture: testing on what was learnt would say nothing", file=str(shots)
-            )
-        return np.where(known, verified, labels), known & (verified >= 0)
+        return np.where(verified != UNKNOWN, verified, decided)
 
     def _draws(self, stage: str, rows: Array, labels: Array) -> dict[str, Array]:
         if self.arguments["resample"] and stage != "finetune":

@@ -34,14 +34,14 @@ from contralto.data.definitions import fill_definitions, load_definitions
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
-from contralto.data.sources import ByteReader
+from contralto.data.verified import UNKNOWN, read_reviewed
 from contralto.encoders.features import cached_array, encode_batches
 from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
 from contralto.evaluation.openset import open_set_curve
-from contralto.files import naming, remove_leftovers, write_atomically, write_json
+from contralto.files import naming, remove_leftovers, save_array, write_atomically, write_json
 from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
 from contralto.systems.registry import SYSTEMS
@@ -246,7 +246,8 @@ class Job:
         if not train.any():
             raise DataError("no picture has a given label and belongs to the split 'train'", file=self.data)
         self.train_rows, self.test_rows = np.flatnonzero(train), np.flatnonzero(test)
-        self.labels, self.anchors = labels[self.train_rows], trusted[self.train_rows]
+        self.labels, self.verified = labels[self.train_rows], trusted[self.train_rows]
+        self.anchors = self.verified
         self.num_classes = len(self.manifest.classes)
         if self.num_classes < 2:
             raise DataError(f"at least two classes are needed, found {self.manifest.class_names}", file=self.data)
@@ -274,9 +275,24 @@ class Job:
         return np.asarray(self.manifest.column("clean_label") >= 0)
 
     def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The labels to learn from, of all rows of the manifest, and which of them hold for good."""
-        labels = self.manifest.labels.astype(np.int64)
-        return labels, np.zeros(len(labels), bool)
+        """The labels to learn from, of all rows of the manifest, and which of them hold for good: those by people."""
+        labels, verified = self.manifest.labels.astype(np.int64), self._verified()
+        known = verified != UNKNOWN
+        outside = known & (self.manifest.column("split") != "train")
+        if outside.any():
+            first = self.manifest.column("id")[np.flatnonzero(outside)[0]]
+            raise DataError(
+                f"people's labels name {first!r}, which is no training picture: testing on what was learnt would say nothing",
+                file=self.data,
+            )
+        return np.where(known, verified, labels), known & (verified >= 0)
+
+    def _verified(self) -> npt.NDArray[np.int64]:
+        """The class of every row of the manifest by people; `UNKNOWN` where nobody looked."""
+        reviewed = self.arguments.get("reviewed")
+        if reviewed is None:
+            return np.full(len(self.manifest), UNKNOWN, np.int64)
+        return read_reviewed(reviewed, self.manifest)
 
     @property
     def has_test(self) -> bool:
@@ -289,11 +305,7 @@ class Job:
 
     def read_bytes(self, row: int) -> bytes:
         """The encoded picture of one row of the manifest."""
-        if not hasattr(self, "_reader"):
-            self._reader = ByteReader(self.manifest.root)
-            names = ("source", "container", "member", "offset", "length")
-            self._places = list(zip(*(self.manifest.table.column(n).to_pylist() for n in names), strict=True))
-        return self._reader.read(*self._places[row])
+        return self.manifest.read_bytes(row)
 
     # Encoder, views and features.
 
@@ -483,6 +495,7 @@ class Job:
             table = self._cleaned_table(s, verdict)
             write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
             write_cleaned_csv(table, self.out / "cleaned.csv")
+            save_array(s["embedding"].astype(np.float16), self.out / "embedding.npy")
             self.cleaned, self.embedding = table, s["embedding"]
         return table
 

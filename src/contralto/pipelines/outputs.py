@@ -99,11 +99,13 @@ def model_card(
         lines += ["", f"On {test['n']} test images with clean labels."]
     else:
         lines += ["Not measured: the data had no clean test labels."]
+    by_people = arguments.get("reviewed") or arguments.get("shots")
+    verified = "only in part verified by people" if by_people else "never verified by a person"
     lines += [
         "",
         "## Limits",
         "",
-        "The labels that it learnt from were never verified by a person; see the report of the run for what was corrected.",
+        f"The labels that it learnt from were {verified}; see the report of the run for what was corrected.",
         "It names one of its classes for any picture; a low probability is the only sign of a picture of something else.",
     ]
     return "\n".join(lines) + "\n"

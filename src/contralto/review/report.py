@@ -31,7 +31,7 @@ from contralto.files import naming, write_atomically
 from contralto.review.charts import bar_pairs, curve, heat_map, scatter
 from contralto.systems.registry import SYSTEMS, get_job, get_system
 
-__all__ = ["write_report"]
+__all__ = ["shown_text", "write_report"]
 
 SHEET = 100
 OPEN_SET_SIDE = 64
@@ -189,7 +189,14 @@ def _safe_json(value: Any) -> str:
     return text
 
 
-def _shown(text: str, limit: int = 300) -> str:
+def shown_text(text: str, limit: int = 300) -> str:
+    """A text from the web as pages show it: without control and direction marks, and not longer than `limit` characters.
+
+    Examples
+    --------
+    >>> shown_text("a\u202eb" + 10 * "c", 6)
+    'abccc…'
+    """
     text = _CONTROL.sub("", text[: 4 * limit])
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -251,7 +258,7 @@ def _items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]
     scores = ("classifier", "auxiliary", "prototype", "fused")
     return [
         {
-            "id": _shown(r["id"], 120), "g": r["given"], "v": r["verdict"], "n": r["new"], "t": _shown(texts[r["index"]]),
+            "id": shown_text(r["id"], 120), "g": r["given"], "v": r["verdict"], "n": r["new"], "t": shown_text(texts[r["index"]]),
             "p": round(r["p_wrong"], 3), "m": None if r["text_match"] is None else round(r["text_match"], 3), "r": r["text_rank"],
             "a": [round(r[f"given_{s}"], 2) for s in scores], "b": [round(r[f"new_{s}"], 2) for s in scores],
             "k": r["nearest_prototypes"],
@@ -263,8 +270,8 @@ def _items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]
 def _set_items(order: list[dict[str, Any]], texts: list[str]) -> list[dict[str, Any]]:
     return [
         {
-            "id": _shown(r["id"], 120), "g": r["given"], "a": r["added"], "r": r["removed"], "i": r["ignored"],
-            "t": _shown(texts[r["index"]]), "p": round(r["p_wrong"], 3),
+            "id": shown_text(r["id"], 120), "g": r["given"], "a": r["added"], "r": r["removed"], "i": r["ignored"],
+            "t": shown_text(texts[r["index"]]), "p": round(r["p_wrong"], 3),
         }
         for r in order
     ]  # fmt: skip
@@ -276,7 +283,7 @@ def _data_section(manifest: Manifest, rows: list[dict[str, Any]]) -> dict[str, A
     for r in manifest.skipped.to_pylist():
         examples.setdefault(r["reason"], [])
         if len(examples[r["reason"]]) < 3:
-            examples[r["reason"]].append(_shown(r["id"], 60))
+            examples[r["reason"]].append(shown_text(r["id"], 60))
     groups = manifest.column("duplicate_group")
     splits = Counter(manifest.column("split").tolist())
     per_class: dict[str, Counter[str]] = {name: Counter() for name in manifest.class_names}
@@ -367,7 +374,7 @@ def _open_set(
         "items": [
             {
                 "p": round(r["confidence"], 3), "n": manifest.class_names[r["predicted"]], "right": r["right"],
-                "known": r["known"], "id": _shown(manifest.column("id")[r["index"]], 120),
+                "known": r["known"], "id": shown_text(manifest.column("id")[r["index"]], 120),
             }
             for r in rows
         ],
