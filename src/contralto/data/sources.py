@@ -200,7 +200,7 @@ class ByteReader:
                     data = bytes(file.read(length) or b"")
             else:
                 data = self._read_through_fsspec(source, container, member, offset, length)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
             raise DataError(f"cannot be read any more: {error}", file=source) from error
         if len(data) != length:
             raise DataError(f"has changed: expected {length} bytes at {offset}, found {len(data)}", file=source)

@@ -335,6 +335,10 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         text = resources.files("contralto.review").joinpath("templates", name).read_text("utf-8")
         return Response(text, media_type=_FILES[name], headers={"Cache-Control": "private, max-age=3600"})
 
+    @app.get("/favicon.ico")
+    def icon() -> Response:
+        return Response(status_code=204)  # browsers ask for one
+
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         return page("review_error", request, error.status_code, told=str(error.detail))
@@ -400,6 +404,7 @@ def serve(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)  # whoever opens the address at once waits, and is not refused
     except OSError as error:
         listener.close()
         raise UsageError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --port") from error
