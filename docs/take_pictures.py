@@ -3,8 +3,11 @@
 contralto demo && python docs/take_pictures.py [RUN]
 """
 
+import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -14,11 +17,12 @@ DOCS = Path(__file__).parent
 
 def take(page: Page, name: str, first: str, last: str) -> None:
     """What lies between the top of one element and the bottom of another, as `docs/<name>.png`."""
+    page.evaluate("scrollTo(0, 0)")
     top, bottom = (page.locator(s).bounding_box() for s in (first, last))
     if top is None or bottom is None:
         sys.exit(f"{first} or {last} is not on the page")
     height = bottom["y"] + bottom["height"] - top["y"]
-    clip = {"x": 0.0, "y": max(0.0, top["y"] - 24), "width": 1120.0, "height": height + 48}
+    clip = {"x": 0.0, "y": max(0.0, top["y"] - 12), "width": 1120.0, "height": height + 24}
     page.screenshot(path=DOCS / f"{name}.png", full_page=True, clip=clip)
 
 
@@ -26,10 +30,36 @@ def report(page: Page, run: Path) -> None:
     page.goto((run / "report.html").resolve().as_uri())
     take(page, "report", "header", "#accuracy")
     page.select_option("#class", label="lock or key")
-    page.locator("#gallery .item").nth(29).scroll_into_view_if_needed()
-    page.evaluate("document.querySelectorAll('#gallery .item').forEach((e, i) => { e.hidden = i >= 30; })")
+    page.evaluate("document.querySelectorAll('#gallery .item').forEach((e, i) => { if (i >= 24) e.remove(); })")
     take(page, "report_images", "#images", "#gallery")
-    take(page, "report_openset", "#openset", "#openset")
+
+
+def review(page: Page, run: Path) -> None:
+    """On a copy, so that the run keeps the decisions that it has."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / run.name
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("review.sqlite*", "features", "stages"))
+        command = [str(Path(sys.executable).with_name("contralto")), "review", str(copy), "--port", "0"]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            found = re.search(r"http://\S+", server.stdout.readline() if server.stdout else "")
+            if found is None:
+                sys.exit("the review page did not start")
+            page.goto(found[0])
+            page.fill("[name=name]", "Ada")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#start")
+            page.goto(found[0] + "?label=lock+or+key")
+            page.keyboard.press("Enter")
+            for key in "kok":
+                page.wait_for_selector("#one")
+                with page.expect_navigation():
+                    page.keyboard.press(key)
+            page.wait_for_load_state("networkidle")
+            take(page, "review", "header", ".near")
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def main(run: Path) -> None:
@@ -38,6 +68,7 @@ def main(run: Path) -> None:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1120, "height": 900})
         report(page, run)
+        review(page, run)
         browser.close()
 
 
