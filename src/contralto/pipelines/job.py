@@ -282,8 +282,8 @@ class Job:
         if outside.any():
             first = self.manifest.column("id")[np.flatnonzero(outside)[0]]
             raise DataError(
-                f"people's labels name {first!r}, which is no training picture: testing on what was learnt would say nothing",
-                file=self.data,
+                f"{first!r} is no training picture: testing on what was learnt would say nothing",
+                file=str(self.arguments.get("shots") or self.arguments["reviewed"]),
             )
         return np.where(known, verified, labels), known & (verified >= 0)
 
