@@ -33,21 +33,6 @@ HERE = "http://127.0.0.1:8000"
 FORM = {"origin": HERE}
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_parquet, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    definitions = tiny_parquet.with_name("classes.yaml")
-    return fit_capro(str(tiny_parquet), folder, definitions=definitions, **FROZEN)
-
-
-@pytest.fixture
-def run(finished):
-    """The finished run, with nothing decided yet."""
-    for path in finished.glob(f"{DATABASE}*"):
-        path.unlink()
-    return finished
-
-
 def visitor(app, name="ada", address=HERE, **more):
     client = TestClient(app, base_url=address, follow_redirects=False)
     answer = client.post("/enter", data={"name": name} | more, headers={"origin": address})
@@ -189,8 +174,9 @@ def test_lists_equal_a_slow_reading_of_their_filter(run):
                 if found:
                     for at, n in enumerate(found):
                         following = found[(at + 1) % len(found)]
-                        assert listing.after(n, f, "ada") == (following if len(found) > 1 else None)
-                        assert listing.before(n, f, "ada") == (found[at - 1] if at else None)
+                        assert listing.around(n, f, "ada")[1] == (following if len(found) > 1 else None)
+                        assert listing.around(n, f, "ada")[0] == (found[at - 1] if at else None)
+                        assert listing.around(n, f, "ada")[2] == len(found)
     assert len(seen) > 5
 
 

@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from contralto.data.decisions import DATABASE, Decisions
-from contralto.pipelines.capro import fit_capro
+from contralto.data.decisions import Decisions
 from contralto.pipelines.capro_multilabel import fit_capro_multilabel
 from contralto.review.listing import Filter, Listing
 
@@ -16,7 +15,6 @@ from tests.pipelines.test_capro_multilabel import COLUMNS
 from tests.pipelines.test_capro_multilabel import TINY as SETS
 from tests.pipelines.test_capro_multilabel import data as sets_data  # noqa: F401 (a fixture)
 from tests.review.test_report import hostile_run
-from tests.tiny import FROZEN
 
 pytestmark = pytest.mark.browser
 
@@ -49,17 +47,6 @@ def serve():
     for server in servers:
         if server.process.poll() is None:
             server.kill()
-
-
-@pytest.fixture(scope="module")
-def run(tiny_parquet, tmp_path_factory):
-    return fit_capro(str(tiny_parquet), tmp_path_factory.mktemp("review") / "run", **FROZEN)
-
-
-@pytest.fixture(autouse=True)
-def undecided(run):
-    for path in run.glob(f"{DATABASE}*"):
-        path.unlink()
 
 
 def visit(browser, server, name, width=1200, scheme="light"):

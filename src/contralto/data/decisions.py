@@ -168,7 +168,7 @@ class Decisions:
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         with self._transaction() as connection:
-            self._refresh()
+            self.refresh()
             cursor = connection.execute(
                 "INSERT INTO actions (reviewer, time, told) VALUES (?, ?, ?)", (reviewer, time, told)
             )
@@ -184,7 +184,7 @@ class Decisions:
     def undo(self, reviewer: str) -> Action | None:
         """Take back the last action of a reviewer that is not undone; None if there is none."""
         with self._transaction() as connection:
-            self._refresh()
+            self.refresh()
             found = connection.execute(
                 "SELECT MAX(number) FROM actions WHERE reviewer = ? AND undone IS NULL", (reviewer,)
             ).fetchone()
@@ -221,7 +221,7 @@ class Decisions:
     def by_reviewer(self, identity: str) -> dict[str, Decision]:
         """The last word of every reviewer on a picture."""
         with self._lock:
-            self._refresh()
+            self.refresh()
             return dict(self._last.get(identity, {}))
 
     def last(self, identity: str) -> dict[str, Decision]:
@@ -231,7 +231,7 @@ class Decisions:
     def every(self) -> dict[str, dict[str, Decision]]:
         """Id -> reviewer -> last word, of all pictures that somebody decided about."""
         with self._lock:
-            self._refresh()
+            self.refresh()
             return {identity: dict(found) for identity, found in self._last.items()}
 
     def holding(self) -> dict[str, Decision]:
@@ -239,22 +239,18 @@ class Decisions:
         return {identity: max(found.values(), key=lambda d: d.action) for identity, found in self.every().items()}
 
     def refresh(self) -> None:
-        """Take in what other processes wrote."""
+        """Read everything again if another process wrote something."""
         with self._lock:
-            self._refresh()
+            version = self._rows("PRAGMA data_version")[0][0]
+            if version != self._version:
+                before, self._last = self._last, {}
+                self._read(_HOLDING)
+                self._version = version
+                self._changed(before.keys() | self._last.keys())
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
             return self._connection.execute(query, values).fetchall()
-
-    def _refresh(self) -> None:
-        """Read everything again if another process wrote something."""
-        version = self._rows("PRAGMA data_version")[0][0]
-        if version != self._version:
-            before, self._last = self._last, {}
-            self._read(_HOLDING)
-            self._version = version
-            self._changed(before.keys() | self._last.keys())
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> None:
         for identity, labels, reviewer, time, number in self._rows(query, values):

@@ -384,12 +384,8 @@ class CAProJob(Job):
         return {"text_match": self.matching.probability[rows, self.labels], "text_rank": self.matching.rank}
 
     def _p_wrong(self, given: Array) -> Array:
-        """A posterior is a probability; a fused score has to be made one. What people said is right."""
-        if hasattr(self, "reconciled"):
-            return 1 - given
-        out = np.zeros(len(given))
-        out[~self.verified] = super()._p_wrong(given[~self.verified])
-        return out
+        """A posterior is a probability; a fused score has to be made one."""
+        return 1 - given if hasattr(self, "reconciled") else super()._p_wrong(given)
 
     def _p_off_topic(self) -> pa.Array:
         return pa.array(self.reconciled.off_topic) if hasattr(self, "reconciled") else super()._p_off_topic()

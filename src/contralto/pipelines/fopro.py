@@ -186,12 +186,6 @@ class FoProJob(Job):
         out["fused"][shot, self.labels[shot]] = 1
         return out
 
-    def _p_wrong(self, given: Array) -> Array:
-        """A shot's label is right; it says nothing about how scores of web pictures spread."""
-        out = np.zeros(len(given))
-        out[~self.anchors] = super()._p_wrong(given[~self.anchors])
-        return out
-
     def judge(self, scores: dict[str, Array]) -> Correction:
         """Verdicts by FoPro 7, as in the last epoch."""
         module = self.modules[self.judging]

@@ -534,8 +534,13 @@ class Job:
         return {"text_match": pa.nulls(n, pa.float32()), "text_rank": pa.nulls(n, pa.int64())}
 
     def _p_wrong(self, given: Array) -> Array:
-        """Probability that labels are wrong, from the fused scores of the given classes."""
-        return probability_wrong(given)
+        """Probability that labels are wrong, from the fused scores of the given classes.
+
+        Labels by people are right; they say nothing about how the scores of the others spread.
+        """
+        out = np.zeros(len(given))
+        out[~self.verified] = probability_wrong(given[~self.verified])
+        return out
 
     def _p_off_topic(self) -> pa.Array:
         """Probability that pictures show none of the classes; null where nothing says so."""

@@ -86,7 +86,6 @@ class Listing:
                 raise DataError(f"there is no {needed}: only a finished run can be reviewed", file=str(run))
         with naming(run):
             self.manifest = Manifest.load(run / "manifest")
-            self.config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
             table = pq.read_table(run / "cleaned.parquet")
             self.multilabel = "added" in table.column_names
             self.rows = table.column("index").to_numpy()
@@ -170,21 +169,19 @@ class Listing:
         order = self._orders[chosen.order]
         return np.asarray(order[mask[order]])
 
-    def after(self, n: int, chosen: Filter, reviewer: str = "") -> int | None:
-        """The next picture after position `n` in the order of a filter, at its end the first one; None if there is none."""
-        found = self.find(chosen, reviewer)
-        found = found[found != n]
-        if not len(found):
-            return None
-        rank = self._rank[chosen.order]
-        later = found[rank[found] > rank[n]]
-        return int(later[0] if len(later) else found[0])
+    def around(self, n: int, chosen: Filter, reviewer: str = "") -> tuple[int | None, int | None, int]:
+        """What a filter lets through beside position `n`, in its order.
 
-    def before(self, n: int, chosen: Filter, reviewer: str = "") -> int | None:
-        """The picture before position `n` in the order of a filter."""
+        Returns
+        -------
+        tuple
+            The picture before it; the one after it, at the end the first one (None if there is none); how many there are.
+        """
         found, rank = self.find(chosen, reviewer), self._rank[chosen.order]
-        earlier = found[rank[found] < rank[n]]
-        return int(earlier[-1]) if len(earlier) else None
+        earlier, later = found[rank[found] < rank[n]], found[rank[found] > rank[n]]
+        following = later if len(later) else earlier
+        before = int(earlier[-1]) if len(earlier) else None
+        return before, int(following[0]) if len(following) else None, len(found)
 
     def neighbours(self, n: int, count: int = 8) -> list[tuple[int, float]]:
         """The pictures that look most like one, with their cosine; none where the run kept no embedding."""
@@ -210,14 +207,14 @@ class Listing:
         Returns
         -------
         dict
-            `flagged`, `decided` (of the flagged), `decided_all`, `differ`, `wrong` (flagged whose given labels a person did not
+            `flagged`, `decided` (of the flagged), `differ`, `wrong` (flagged whose given labels a person did not
             keep), `precision`, `low`, `high`: None while nothing is decided.
         """
         self.decisions.refresh()
         decided, wrong = int((self.decided & self.flagged).sum()), int((self.changed & self.flagged).sum())
         low, high = binomtest(wrong, decided).proportion_ci(method="wilson") if decided else (None, None)
         return {
-            "flagged": int(self.flagged.sum()), "decided": decided, "decided_all": int(self.decided.sum()),
+            "flagged": int(self.flagged.sum()), "decided": decided,
             "differ": int(self.differ.sum()), "wrong": wrong,
             "precision": wrong / decided if decided else None, "low": low, "high": high,
         }  # fmt: skip

@@ -11,7 +11,7 @@ import io
 import ipaddress
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from importlib import resources
@@ -113,14 +113,14 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         except ValueError:
             return None
         right = sign("reviewer", name, token or "")
-        return name if name and hmac.compare_digest(signature.encode(), right.encode()) else None
+        return name if name and _same(signature, right) else None
 
     def checked_form(request: Request, form: Mapping[str, Any]) -> str:
         """Who sends a form, if it comes from one of our pages."""
         reviewer = reviewer_of(request)
         if reviewer is None:
             raise HTTPException(401, "Say who you are first.")
-        if not hmac.compare_digest(str(form.get("key", "")).encode(), sign("form", reviewer).encode()):
+        if not _same(form.get("key", ""), sign("form", reviewer)):
             raise HTTPException(403, "This form is not of this page: go back, load the page again, and repeat it.")
         return reviewer
 
@@ -158,10 +158,10 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         return Filter(**wanted)
 
     def position(value: Any) -> int:
-        text = str(value)
-        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(listing)):
+        n = _number(str(value), digits=9)
+        if n is None or n >= len(listing):
             raise HTTPException(404, "There is no such picture.")
-        return int(text)
+        return n
 
     def card(n: int) -> dict[str, Any]:
         holds = listing.decision(n)
@@ -174,21 +174,21 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
     def told(labels: tuple[str, ...]) -> str:
         return ", ".join(labels) or "none of the classes"
 
-    def meant(n: int, action: str, labels: list[str]) -> tuple[str, ...]:
-        """Labels of a picture after an action."""
+    def meant(action: str, labels: list[str], found: Sequence[int]) -> list[tuple[str, ...]]:
+        """Labels of some pictures after an action."""
         if action == "keep":
-            return listing.given[n]
+            return [listing.given[n] for n in found]
         if action == "accept":
-            return listing.new[n]
+            return [listing.new[n] for n in found]
         if action == "off-topic":
-            return ()
+            return [()] * len(found)
         if action != "set":
             raise HTTPException(422, "There is no such action.")
         if any(name not in definitions for name in labels) or not labels:
             raise HTTPException(422, "Choose one of the classes.")
         if len(labels) > 1 and not listing.multilabel:
             raise HTTPException(422, "A picture of this run has one label.")
-        return tuple(name for name in names if name in labels)
+        return [tuple(name for name in names if name in labels)] * len(found)
 
     # Pages.
 
@@ -201,12 +201,11 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
             )
         chosen = filter_of(request.query_params)
         found = listing.find(chosen, reviewer)
-        at = request.query_params.get("page", "0")
-        at_page = int(at) if at.isascii() and at.isdigit() and len(at) < 9 else 0
+        at_page = _number(request.query_params.get("page", ""), digits=8) or 0
         part = found[at_page * PAGE : (at_page + 1) * PAGE]
         return page(
             "review_list", request, filter=chosen, query=asdict(chosen), total=len(found), cards=[card(int(n)) for n in part],
-            page=at_page, pages=-(-len(found) // PAGE), progress=listing.progress(), states=STATES, verdicts=verdicts,
+            page=at_page, pages=-(-len(found) // PAGE), progress=listing.progress(), verdicts=verdicts,
         )  # fmt: skip
 
     @app.get("/picture/{n}")
@@ -215,26 +214,22 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         if reviewer is None:
             return goes_to("/")
         at, chosen = position(n), filter_of(request.query_params)
-        ways: dict[str, Any] = {
-            "following": listing.after(at, chosen, reviewer),
-            "preceding": listing.before(at, chosen, reviewer),
-        }
+        preceding, following, left = listing.around(at, chosen, reviewer)
         near = [card(i) | {"similarity": s} for i, s in listing.neighbours(at)]
         of_it = sorted(listing.decisions.by_reviewer(listing.ids[at]).values(), key=lambda d: -d.action)
         wanted = {*listing.given[at], *listing.new[at], *(name for d in of_it for name in d.labels)}
         return page(
             "review_picture", request, filter=chosen, query=asdict(chosen), card=card(at), neighbours=near, said=of_it,
-            definitions={c: definitions[c] for c in names if c in wanted}, left=len(listing.find(chosen, reviewer)),
-            progress=listing.progress(), **ways,
+            definitions={c: definitions[c] for c in names if c in wanted}, left=left,
+            preceding=preceding, following=following, progress=listing.progress(),
         )  # fmt: skip
 
     @app.get("/reviewers")
     def reviewers(request: Request) -> Response:
         if reviewer_of(request) is None:
             return goes_to("/")
-        last = request.query_params.get("last", "")
-        until = int(last) if last.isascii() and last.isdigit() and len(last) < 15 else 2**62
-        actions = listing.decisions.history(PAGE, last=until)
+        last = _number(request.query_params.get("last", ""), digits=14)
+        actions = listing.decisions.history(PAGE, last=2**62 if last is None else last)
         return page(
             "review_history", request, actions=actions, agreement=listing.agreement(), progress=listing.progress(),
             older=actions[-1].number - 1 if len(actions) == PAGE else None,
@@ -249,7 +244,7 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
     async def enter(request: Request) -> Response:
         form = await form_of(request)
         name = " ".join(shown_text(str(form.get("name", "")), 60).split())
-        if token is not None and not hmac.compare_digest(str(form.get("token", "")).encode(), token.encode()):
+        if token is not None and not _same(form.get("token", ""), token):
             return page("review_who", request, 401, needs_token=True, given="", wrong="This is not the token.")
         if not name:
             return page("review_who", request, 422, needs_token=token is not None, given="", wrong="A name is needed.")
@@ -270,8 +265,8 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         form = await form_of(request)
         reviewer, at, chosen = checked_form(request, form), position(form.get("n", "")), filter_of(form)
         action = str(form.get("action", "set"))
-        labels = meant(at, action, [str(x) for x in form.getlist("set")])
-        following = listing.after(at, chosen, reviewer)
+        (labels,) = meant(action, [str(x) for x in form.getlist("set")], [at])
+        following = listing.around(at, chosen, reviewer)[1]
         listing.decisions.decide({listing.ids[at]: labels}, reviewer=reviewer, told=f"{action}: {told(labels)}")
         return goes_to("/" if following is None else f"/picture/{following}", **asdict(chosen))
 
@@ -284,12 +279,11 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
             raise HTTPException(
                 409, f"There are {len(found)} pictures now, not as many as you saw: look again, then repeat it."
             )
-        action, labels = str(form.get("action", "")), [str(x) for x in form.getlist("set")]
-        decided = {listing.ids[n]: meant(int(n), action, labels) for n in found}
-        if decided:
-            what = (
-                f"{action}: {told(meant(int(found[0]), action, labels))}" if action in ("set", "off-topic") else action
-            )
+        if len(found):
+            action, wanted = str(form.get("action", "")), [str(x) for x in form.getlist("set")]
+            labels = meant(action, wanted, found.tolist())
+            what = f"{action}: {told(labels[0])}" if action in ("set", "off-topic") else action
+            decided = {listing.ids[n]: after for n, after in zip(found, labels, strict=True)}
             listing.decisions.decide(decided, reviewer=reviewer, told=f"{what} (all {len(found)} of a list)")
         return goes_to("/", **asdict(chosen))
 
@@ -413,6 +407,16 @@ def serve(
     ready(address)
     config = uvicorn.Config(app, log_level="warning", server_header=False, proxy_headers=False)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _same(given: Any, right: str) -> bool:
+    """Whether a secret is the right one, in a time that does not tell how much of it is."""
+    return hmac.compare_digest(str(given).encode(), right.encode())
+
+
+def _number(text: str, *, digits: int) -> int | None:
+    """A whole number of at most so many plain digits, else None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
 
 
 def _is_loopback(host: str) -> bool:
