@@ -84,6 +84,7 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import RedirectResponse, Response
+        from python_multipart.exceptions import FormParserError
         from starlette.exceptions import HTTPException
     except ModuleNotFoundError as error:
         raise MissingExtraError("the review page", extra="review") from error
@@ -238,7 +239,10 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
     # What people do.
 
     async def form_of(request: Request) -> Any:
-        return await request.form(max_files=0, max_fields=2000)
+        try:
+            return await request.form(max_files=0, max_fields=2000)
+        except FormParserError as error:  # older versions of the reader let it through
+            raise HTTPException(400, "This is no form.") from error
 
     @app.post("/enter")
     async def enter(request: Request) -> Response:
