@@ -39,7 +39,7 @@ def knn_streamed(
     probes: int = 64,
     candidates: int = 4,
     sample: int = 200_000,
-    block: int = 8192,
+    block: int = 2048,
     seed: int = 0,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Nearest neighbours by cosine of every row, without ever holding all rows.
