@@ -160,21 +160,21 @@ def read_records(address: str, *, image_column: str | None = None, allow_outside
         yield from read_block(block, image_column=image_column, allow_outside=allow_outside)
 
 
-def find_blocks(address: str, *, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
     """The parts of the data at an address, in the order of reading; folders are listed and tables read on the way.
 
     Parameters
     ----------
     address : str
         Path or fsspec address.
-    rows : int
-        About so many pictures in a block; a tar is always one block, and a row group of a Parquet file is never split.
+    rows : int, optional
+        About so many pictures in a block, 1000 by default; a tar is always one block, and a row group of a Parquet file is never split.
 
     Yields
     ------
     Block
     """
-    form = detect_form(address)
+    form, rows = detect_form(address), BLOCK_ROWS if rows is None else rows
     fs, root = _filesystem(address)
     if form in ("folder", "shards"):
         found = _folder_files(fs, root) if form == "folder" else _shard_files(fs, root)
@@ -394,6 +394,8 @@ def _filled(record: Record, fs: Any, path: str) -> Record:
         record.data = _read_file(fs, path, MAX_FILE)
     except FileNotFoundError:
         record.problem = "file is missing"
+    except (ConnectionError, TimeoutError):  # says nothing about the picture
+        raise
     except (OSError, DataError) as error:
         record.problem = f"cannot be read: {error}"[:200]
     return record

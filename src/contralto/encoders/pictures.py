@@ -29,7 +29,7 @@ class PictureBlock:
         return len(self.places)
 
 
-def picture_blocks(manifest: Manifest, rows: npt.NDArray[Any], *, size: int = BLOCK) -> list[PictureBlock]:
+def picture_blocks(manifest: Manifest, rows: npt.NDArray[Any], *, size: int | None = None) -> list[PictureBlock]:
     """Rows of a manifest in blocks.
 
     Parameters
@@ -37,14 +37,15 @@ def picture_blocks(manifest: Manifest, rows: npt.NDArray[Any], *, size: int = BL
     manifest : Manifest
     rows : array (N,)
         Numbers of the rows.
-    size : int
-        Rows of a block; the last one may have fewer.
+    size : int, optional
+        Rows of a block, 512 by default; the last one may have fewer.
 
     Returns
     -------
     list of PictureBlock
         In the order of `rows`.
     """
+    size = BLOCK if size is None else size
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [PictureBlock(part, manifest.places(part)) for part in parts]
 
