@@ -3,13 +3,13 @@
     CONTRALTO_DATA=... python benchmarks/cluster.py [results/cluster.json] [--pictures 4000] [--work FOLDER]
 
 Photographs are mosaics of CamVid frames, 500 x 375 at quality 88 (as in reading.py), in tars of 250 with a class and a title of
-fashion_web each. Every measurement is a process of its own with one thread per worker, so a core's milliseconds per picture can be
-scaled to other numbers of cores. `here` is one process; `ray` is `ray.init(num_cpus=2)`, its start not counted (`start_s` tells it).
+fashion_web each. Every measurement is a process of its own with one thread per worker, so that the milliseconds of a core can
+be scaled to more of them. `here` is one process, `ray` is `ray.init(num_cpus=2)`, whose start is not counted but told (`start_s`).
 
-- ingest: read, decode, filter, hash, manifest. features: read, decode, EfficientNet-Lite0 at 96 px, one view. predict: read, decode,
-  the model of a run (the same encoder). texts: MiniLM over the titles.
+- ingest: read, decode, filter, hash, manifest. features: read, decode, EfficientNet-Lite0 at 96 px, one view. predict: read,
+  decode, the model of a run with the same encoder. texts: MiniLM over the titles.
 - duplicates: groups of near duplicates among random hashes, in one place whatever the cluster.
-- blocks: a thousand blocks that need no work, which is what dealing them out costs.
+- blocks: blocks that need no work, which is what dealing them out costs.
 
 `ten_million` multiplies; what does not grow with the number of pictures alone says so in docs/scale.md.
 """
@@ -64,7 +64,7 @@ def connect(on: str | None) -> float:
     if on is None:
         return 0.0
     import ray
-    import ray.data  # noqa: F401 (its import belongs to the start)
+    import ray.data
 
     started = time.perf_counter()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -84,7 +84,12 @@ def one(name: str, on: str | None, folder: Path, count: int) -> dict[str, float]
     n, more = work(prepared, folder, on, count)
     seconds = time.perf_counter() - started
     cores = 1 if on is None else 2
-    return {"n": n, "seconds": round(seconds, 3), "start_s": round(start_s, 2), "core_ms": 1000 * seconds * cores / n} | more
+    return {
+        "n": n,
+        "seconds": round(seconds, 3),
+        "start_s": round(start_s, 2),
+        "core_ms": 1000 * seconds * cores / n,
+    } | more
 
 
 def nothing(folder: Path, on: str | None) -> None:
@@ -198,11 +203,24 @@ def main() -> None:
     wanted += [("duplicates", "here", n) for n in (100_000, 300_000, 1_000_000)] + [("blocks", "ray", 1000)]
     rows = []
     for name, on, count in wanted:
-        command = [sys.executable, __file__, "--pictures", str(a.pictures), "--work", str(a.work), "--one", name, on, str(count)]
+        command = [
+            sys.executable,
+            __file__,
+            "--pictures",
+            str(a.pictures),
+            "--work",
+            str(a.work),
+            "--one",
+            name,
+            on,
+            str(count),
+        ]
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | THREADS).stdout
         rows.append({"measurement": name, "on": on} | json.loads(told.splitlines()[-1]))
         print(rows[-1], file=sys.stderr)
-    per_picture = {r["measurement"]: r["core_ms"] for r in rows if r["on"] == "here" and r["measurement"] != "duplicates"}
+    per_picture = {
+        r["measurement"]: r["core_ms"] for r in rows if r["on"] == "here" and r["measurement"] != "duplicates"
+    }
     hours = {name: {str(c): round(ms * 1e7 / 3.6e6 / c, 1) for c in (1, 16, 64)} for name, ms in per_picture.items()}
     result = {
         "command": "python benchmarks/cluster.py", "pictures": "500 x 375, JPEG", "rows": rows,

@@ -1,17 +1,12 @@
 """Passes over a collection on a local Ray cluster of two workers: the same as here, also when workers die and stores fail."""
 
-import os
-import signal
 import tarfile
 from functools import partial
-from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
 from contralto.cli import main
 from contralto.cluster import map_blocks
@@ -24,32 +19,10 @@ from contralto.pipelines.capro import fit_capro
 from tests.data.test_sources import FORMS, ROWS, add, as_parquet, banner, blank
 from tests.runs import assert_same
 from tests.tiny import FROZEN, TINY
+from tests.working import Dying, dying, fail, open_shop
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.xdist_group("ray")
-
-
-class Shop(LocalFileSystem):
-    """A store with an address of its own, that fails or kills the worker who asks, once each, where a file beside says so."""
-
-    protocol = "shop"
-    is_worker = False
-
-    def _open(self, path, mode="rb", **options):
-        path = self._strip_protocol(path)
-        for ending in (".dies", ".fails"):
-            marker = Path(path + ending)
-            if self.is_worker and marker.exists():
-                marker.unlink()
-                if ending == ".dies":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise ConnectionError("the store is busy")
-        return super()._open(path, mode, **options)
-
-
-def open_shop(is_worker=True):
-    Shop.is_worker = is_worker
-    fsspec.register_implementation("shop", Shop, clobber=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +30,7 @@ def two_workers():
     open_shop(is_worker=False)
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20,
-        runtime_env={"worker_process_setup_hook": open_shop}, _node_ip_address="127.0.0.1",
+        runtime_env={"worker_process_setup_hook": open_shop}, _system_config={"worker_niceness": 0},
     )  # fmt: skip
     yield
     ray.shutdown()
@@ -78,7 +51,14 @@ def with_faults(form, root):
     """A collection with what a crawl has: broken, blank and hostile pictures, and texts of all kinds."""
     FORMS[form](root)
     good = ROWS[0]["data"]
-    faults = {"cut": good[: len(good) // 2], "html": b"<html>", "blank": blank(), "long": banner(), "empty": b"", "again": good}
+    faults = {
+        "cut": good[: len(good) // 2],
+        "html": b"<html>",
+        "blank": blank(),
+        "long": banner(),
+        "empty": b"",
+        "again": good,
+    }
     if form in ("folder", "metadata", "shards"):
         folder = sorted(p for p in root.iterdir() if p.is_dir())[1]
         for name, data in faults.items():
@@ -95,7 +75,9 @@ def with_faults(form, root):
             file.write((root / "00000.tar").read_bytes()[:-3000])
         return root
     rows = [{"image": d, "class": "red", "text": None, "more": i / 3} for i, d in enumerate(faults.values())]
-    pq.write_table(pa.Table.from_pylist([*rows, {"image": None, "class": "green"}]), root / "more.parquet", row_group_size=2)
+    pq.write_table(
+        pa.Table.from_pylist([*rows, {"image": None, "class": "green"}]), root / "more.parquet", row_group_size=2
+    )
     return root
 
 
@@ -120,7 +102,9 @@ def test_ingest_gives_the_same_manifest_to_the_byte(two_workers, tmp_path, monke
 def test_tables_are_cut_into_rows(two_workers, tmp_path, kind):
     target = FORMS[kind](tmp_path / "data")
     with target.open("a") as file:
-        file.write("\nmissing.png,red,x\n../a.png,red,y\n" if kind == "csv" else '\n{"path": "missing.png", "class": "red"}\n')
+        file.write(
+            "\nmissing.png,red,x\n../a.png,red,y\n" if kind == "csv" else '\n{"path": "missing.png", "class": "red"}\n'
+        )
     here, there = ingest(str(target)), ingest(str(target), on="ray")
     assert here.skipped.num_rows == (2 if kind == "csv" else 1)
     assert_same_manifest(here, there, tmp_path)
@@ -143,38 +127,11 @@ def test_a_worker_that_is_killed_and_a_store_that_fails_lose_and_double_nothing(
         assert there.skipped.num_rows == 0
 
 
-def dying(marker, x):
-    """Dies on the first try; afterwards a list that is not to be taken apart."""
-    path = Path(f"{marker}{x}")
-    if not path.exists():
-        path.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [x, {"a": x}]
-
-
-class Dying:
-    def __init__(self, marker):
-        self.marker, self.made = marker, os.getpid()
-
-    def __call__(self, x):
-        return dying(self.marker, x) if x % 3 == 0 else [x, {"a": x}]
-
-
 def test_results_come_whole_and_in_order_though_workers_die(two_workers, tmp_path):
     expected = [[x, {"a": x}] for x in range(7)]
     assert list(map_blocks(Dying, range(7), on="ray", setup=(str(tmp_path / "a"),))) == expected
     assert list(map_blocks(partial(dying, str(tmp_path / "b")), range(3), on="ray")) == expected[:3]
     assert list(map_blocks(dying, [], on="ray")) == []
-
-
-def fail(x):
-    if x == 2:
-        raise DataError("is no good", file="a.csv", row=7)
-    if x == 3:
-        raise MissingExtraError("the thing", extra="graph")
-    if x == 4:
-        raise ZeroDivisionError("nothing to divide by")
-    return x
 
 
 def test_errors_of_ours_come_back_as_they_were_and_others_are_told(two_workers):
@@ -190,7 +147,8 @@ def test_errors_of_ours_come_back_as_they_were_and_others_are_told(two_workers):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("data.jsonl", '{"path": "a.png"}\nnot json'), ("data.parquet", "PAR1 not really"), ("data.tar", "x")]
+    ("name", "content"),
+    [("data.jsonl", '{"path": "a.png"}\nnot json'), ("data.parquet", "PAR1 not really"), ("data.tar", "x")],
 )
 def test_what_cannot_be_read_is_told_as_here(two_workers, tmp_path, name, content):
     (tmp_path / name).write_text(content)

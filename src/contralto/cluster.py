@@ -5,6 +5,7 @@ cluster Ray Data deals out the blocks, does a block again whose worker died or w
 in order. A result is kept once, whole, so nothing is lost or doubled.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = ["has_gpus", "map_blocks"]
 
 RETRIES = 3
 """So often a block is done again when reading failed; where a worker died, Ray does it again without end."""
+AGAIN = "reading failed, to be tried again"
 
 
 def map_blocks(
@@ -82,17 +84,25 @@ def _connected(on: str) -> Any:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports to nobody
         try:
-            ray.init(address=None if on == "ray" else on, logging_level="WARNING")
+            ray.init(address=None if on == "ray" else on, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {on}: {error}") from error
     return ray
 
 
-class _Whole:
-    """Something that Ray carries as it is, because it does not know its type; tables and lists it would take apart."""
+class _AgainError(Exception):
+    """Reading failed in a way that may pass; `error` is what is to be said when it does not."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    def __init__(self, told: str, error: ContraltoError | None = None) -> None:
+        super().__init__(told, error)
+        self.error = error
+
+
+class _Raised:
+    """An error in the place of a result."""
+
+    def __init__(self, error: ContraltoError) -> None:
+        self.error = error
 
 
 class _Worker:
@@ -102,54 +112,59 @@ class _Worker:
         self.work = work if setup is None else work(*setup)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from ray import cloudpickle
+
         try:
-            return {"item": _Whole(self.work(row["item"].value))}
+            return {"item": cloudpickle.dumps(self.work(cloudpickle.loads(row["item"])))}
         except ContraltoError as error:
-            if isinstance(error.__cause__, OSError):  # the store may answer the next time
-                raise
-            return {"item": _Whole(error)}
+            if isinstance(error.__cause__, OSError):
+                raise _AgainError(AGAIN, error) from error
+            return {"item": cloudpickle.dumps(_Raised(error))}
+        except OSError as error:
+            raise _AgainError(AGAIN, ContraltoError(f"cannot be read: {error}")) from error
 
 
 def _on_ray(
     work: Callable[..., Any], blocks: Iterable[Any], ray: Any, setup: tuple[Any, ...] | None, gpu: bool
 ) -> Iterator[Any]:
-    items = [_Whole(block) for block in blocks]
+    from ray import cloudpickle
+
+    # Blocks and results travel in Ray's own serialisation: as bytes, so that Ray Data takes no list or table apart.
+    items = [cloudpickle.dumps(block) for block in blocks]
     if not items:
         return
-    data = ray.data.from_items(items, override_num_blocks=len(items))
-    data.context.execution_options.preserve_order = True
-    data.context.enable_progress_bars = False
-    data.context.retried_map_errors, data.context.max_map_retries = True, RETRIES
-    if setup is None:
-        done = data.map(_Worker(work, None), num_cpus=1)
-    else:
-        places = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
-        done = data.map(
-            _Worker,
-            fn_constructor_args=(work, setup),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(places, len(items)))),
-            num_cpus=0 if gpu else 1,
-            num_gpus=1 if gpu else 0,
-        )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.retried_map_errors, context.max_map_retries = [AGAIN], RETRIES
+    context.raise_original_map_exception = True
+    context.enable_progress_bars = context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        data = ray.data.from_items(items, override_num_blocks=len(items))
+        if setup is None:
+            done = data.map(_Worker(work, None).__call__, num_cpus=1)
+        else:
+            places = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 1))
+            done = data.map(
+                _Worker,
+                fn_constructor_args=(work, setup),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(places, len(items)))),
+                num_cpus=0 if gpu else 1,
+                num_gpus=1 if gpu else 0,
+            )
     try:
         for row in done.iter_rows():
-            value = row["item"].value
-            if isinstance(value, ContraltoError):
-                raise value
+            value = cloudpickle.loads(row["item"])
+            if isinstance(value, _Raised):
+                raise value.error
             yield value
     except ray.exceptions.RayError as error:
         raise _own(error) from error
 
 
-def _own(error: Exception) -> ContraltoError:
+def _own(error: Any) -> ContraltoError:
     """What happened on a worker, as an error of ours."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(cause, ContraltoError):
-            return cause
-        if inner is None or inner is cause:
-            break
-        cause = inner
-    told = f"{type(cause).__name__}: {cause}".strip().splitlines()
-    return ContraltoError(f"a worker of the Ray cluster failed: {told[-1] if told else cause}")
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, _AgainError) and cause.error is not None:
+        return cause.error
+    return ContraltoError(f"a worker of the Ray cluster failed with {type(cause).__name__}: {cause}"[:2000])

@@ -51,7 +51,10 @@ MAX_NAME = 200
 MAX_HELD = 256 * 2**20
 LOOKED_AT = pa.schema(
     [
-        *(MANIFEST_SCHEMA.field(n) for n in ("id", "source", "container", "member", "offset", "length", "width", "height")),
+        *(
+            MANIFEST_SCHEMA.field(n)
+            for n in ("id", "source", "container", "member", "offset", "length", "width", "height")
+        ),
         *(MANIFEST_SCHEMA.field(n) for n in ("format", "sha256", "phash")),
         *(SKIPPED_SCHEMA.field(n) for n in ("row", "reason", "detail")),
         ("fields", pa.string()),
@@ -395,9 +398,7 @@ def _build_sets(
     )
 
 
-def _table(
-    rows: pa.Table, roles: dict[str, list[str]], given: list[int], clean: list[int], max_text: int
-) -> pa.Table:
+def _table(rows: pa.Table, roles: dict[str, list[str]], given: list[int], clean: list[int], max_text: int) -> pa.Table:
     ids, texts, splits, groups = [], [], [], []
     for fields, found in zip(_fields(rows), rows.column("id").to_pylist(), strict=True):
         ids.append(clean_name(_value(fields, roles["id"])) if roles["id"] else found)

@@ -168,7 +168,7 @@ def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
     address : str
         Path or fsspec address.
     rows : int, optional
-        About so many pictures in a block, 1000 by default; a tar is always one block, and a row group of a Parquet file is never split.
+        About so many pictures in a block, 1000 by default; a tar is one block, and no row group of a Parquet file is split.
 
     Yields
     ------

@@ -151,7 +151,10 @@ class _Encoding:
             for batch in batches:
                 x = batch.to(self.device, memory_format=torch.channels_last)
                 if not self.is_folded:
-                    self.encoder, self.is_folded = _folded(self.encoder.to(memory_format=torch.channels_last), x[:2]), True
+                    self.encoder, self.is_folded = (
+                        _folded(self.encoder.to(memory_format=torch.channels_last), x[:2]),
+                        True,
+                    )
                 rows.append(self.encoder(x).float().cpu().numpy().astype(np.float16))
         return np.concatenate(rows)
 

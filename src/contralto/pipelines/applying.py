@@ -1,4 +1,4 @@
-"""A finished model over a whole collection: labels or embeddings of every picture as Parquet, block by block, here or on a cluster."""
+"""A finished model over a whole collection: labels or embeddings of every picture, block by block, here or on a cluster."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,7 +106,12 @@ class _Apply:
     """The work on one block."""
 
     def __init__(
-        self, model: WebClassifier, task: str, threshold: float, image_column: str | None = None, device: str | None = None
+        self,
+        model: WebClassifier,
+        task: str,
+        threshold: float,
+        image_column: str | None = None,
+        device: str | None = None,
     ) -> None:
         self.model = model if device is None else model.to(device)
         self.task, self.threshold, self.image_column = task, threshold, image_column
@@ -135,7 +140,9 @@ class _Apply:
         """What the model says of some pictures."""
         if self.task == "embed":
             rows = self.model.embed(pictures)
-            return pa.table({"id": pa.array(ids, pa.string()), "embedding": pa.array(list(rows), pa.list_(pa.float32()))})
+            return pa.table(
+                {"id": pa.array(ids, pa.string()), "embedding": pa.array(list(rows), pa.list_(pa.float32()))}
+            )
         found = self.model.predict(pictures, threshold=self.threshold)
         kind = pa.list_(pa.string()) if self.model.multilabel else pa.string()
         best = found.probabilities.max(1, initial=0.0)

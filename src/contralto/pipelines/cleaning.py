@@ -180,7 +180,12 @@ def clean_with_model(
         "image_column": image_column, "label_column": label_column, "text_column": text_column, "id_column": id_column,
         "split_column": split_column, "clean_column": clean_column, "group_column": group_column,
     }  # fmt: skip
-    options: dict[str, Any] = {"blank_share": blank_share, "min_side": min_side, "allow_outside": allow_outside, "on": on}
+    options: dict[str, Any] = {
+        "blank_share": blank_share,
+        "min_side": min_side,
+        "allow_outside": allow_outside,
+        "on": on,
+    }
     pictures = _read(str(data), definitions, columns, options)
     names = pictures.manifest.class_names
     console.print(
