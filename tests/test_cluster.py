@@ -155,6 +155,13 @@ def test_errors_of_ours_come_back_as_they_were_and_others_are_told(two_workers):
         list(map_blocks(fail, [4], on="ray"))
 
 
+def test_from_the_far_end_of_a_connection_ray_data_runs_on_the_cluster(two_workers, monkeypatch):
+    monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
+    assert list(map_blocks(abs, range(-3, 3), on="ray")) == [3, 2, 1, 0, 1, 2]
+    with pytest.raises(DataError, match=r"a\.csv, row 7: is no good"):
+        list(map_blocks(fail, range(5), on="ray"))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("data.jsonl", '{"path": "a.png"}\nnot json'), ("data.parquet", "PAR1 not really"), ("data.tar", "x")],
@@ -194,6 +201,7 @@ def test_the_passes_of_a_job_on_a_cluster_are_those_here(two_workers, tiny_parqu
     assert len(made) >= 6
     for name in [*made, "manifest/manifest.parquet"]:
         assert (here / name).read_bytes() == (there / name).read_bytes(), name
+    assert fit_capro(str(tiny_parquet), there, **call) == there  # where it runs may change when a run goes on
 
 
 @pytest.mark.parametrize("task", ["predict", "embed"])
