@@ -201,13 +201,8 @@ def test_columns_are_in_the_order_of_the_classes(rows, data, tmp_path):
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["classes"] == sorted(ORDER)
 
 
-def test_copies_do_not_vote_and_anchors_are_left_out_of_their_own_mean():
+def test_anchors_are_left_out_of_their_own_mean():
     features = np.array([[1, 0], [1, 0], [0.8, 0.6], [0, 1]], np.float32)
-    manifest = type("M", (), {"column": lambda self, name: np.array([0, 0, 2, 3])})()
-    pictures = cleaning._Pictures(manifest, np.arange(4), np.array([0, 0, 1, 1]), [])
-    known = np.eye(2)[[0, 0, 1, 1]]
-    np.testing.assert_allclose(cleaning._vote(features, known, pictures, 3)[0], [0, 1])  # not its copy
-    np.testing.assert_allclose(cleaning._vote(features, known, pictures, 3)[3], [0, 1], atol=1e-6)
     near = cleaning._prototype_similarity(features, np.array([0, 1, 0, 1]), np.array([True, False, True, True]), 2)
     np.testing.assert_allclose(near[0], [0.8, 0.0], atol=1e-6)  # class 0: picture 2 alone; class 1: picture 3
     assert near[3, 1] == 0  # nothing is left of its class
