@@ -2,6 +2,7 @@
 
     CONTRALTO_DATA=... python benchmarks/webly.py                # about an hour on two cores; goes on where it stopped
     python benchmarks/webly.py --full --device gpu               # fine-tunes the pretrained encoder too: for a GPU
+    python benchmarks/webly.py --rivals                          # what else one would try: rivals.json
 
 Sets: `web_icons` (ships; 52 % of the labels wrong, most of those off-topic), `fashion_web` (shop titles; 26 % wrong) and
 `cifar10n` (human label noise, 40 % wrong, no texts; 3,000 training and 2,000 test pictures). Every arm sees the same pictures,
@@ -19,7 +20,11 @@ fits that label, with seed 100. No clean label is used in training or choosing, 
 at once, at the end.
 
 `clean --probs` and `clean --embeddings` are the list of `contralto clean` from out-of-fold probabilities (those that cleanlab
-gets) or the features, and plain training on the labels that it hands back.
+gets) or the features, and plain training on the labels that it hands back; `--method confident` is by those probabilities,
+`--method knn` by the features.
+
+`cleanlab` leaves out what its filter flags; `datalab` also outliers and the later of near-duplicates. Co-teaching is told the
+true share of wrong labels, as in its paper. Mixup mixes features: see `benchmarks/rivals.py`.
 
 `pairs` in the JSON are differences between two arms, by the seeds that both have.
 
@@ -39,6 +44,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rivals import TRAININGS, datalab, told_to_forget
 
 from contralto.claims.capro import DEVELOPMENT_SEED, right_share, shared_manifest
 from contralto.claims.runner import compare
@@ -62,6 +68,8 @@ SIMPLE = (
     "plain", "clean labels (ceiling)", "cleanlab", "label smoothing", "name in text", "clean --probs", "clean --embeddings",
     "plain on reconciled",
 )  # fmt: skip
+# What else one would try; `--rivals` runs them beside the first three of the simple arms and the job.
+RIVALS = ("datalab", "clean --method confident", "clean --method knn", *TRAININGS)
 # Arms that run the job: changes to the `small` preset, and the stage that is tested.
 JOBS = {
     "random anchors": PAPER | {"anchors": -1},
@@ -87,6 +95,7 @@ PAIRS = (
     *[("capro", a) for a in ("random anchors", "capro, no enhancement", "capro, match rerank", "capro, match cosine")],
     ("capro+reconcile", "plain on reconciled"), ("capro+reconcile", "clean --probs"), ("capro+reconcile", "clean --embeddings"),
     ("clean --probs", "cleanlab"), ("clean --embeddings", "cleanlab"),
+    *[("capro+reconcile", a) for a in RIVALS], *[("cleanlab", a) for a in RIVALS],
 )  # fmt: skip
 UNTUNED = ("capro", "capro+reconcile")  # the classifier before fine-tuning has a row too
 GRID = (0.001, 0.003)
@@ -184,13 +193,13 @@ def run_arm(name: str, network: str, arm: str, rate: float, seed: int, work: Pat
     if arm == "vanilla stage":
         job.train("vanilla")
         stage = "vanilla"
-    elif arm in SIMPLE:
+    elif arm in SIMPLE or arm in RIVALS:
         prepare(job, arm, clean)
         job.train("plain")
         stage = "plain"
         own = job.predict_rows("plain", job.encoder(), job.train_rows)[np.arange(len(job.labels)), job.labels]
         p_wrong, new, marked = 1 - own, job.labels, own < 0
-        if arm == "cleanlab":
+        if arm in ("cleanlab", "datalab"):
             p_wrong, marked = job.doubt, job.flagged
             new = np.where(marked, -1, job.labels)
         if arm.startswith("clean --"):
@@ -251,10 +260,16 @@ def prepare(job: Arm, arm: str, clean: np.ndarray) -> None:
         keep = names[every, job.labels]
         none_left = np.bincount(job.labels[keep], minlength=job.num_classes) == 0
         job.rows = np.flatnonzero(keep | none_left[job.labels])
+    elif arm == "datalab":
+        job.doubt, job.flagged, copies = datalab(job.labels, unseen_probabilities(job), eval_features(job))
+        job.rows = np.flatnonzero(~job.flagged & ~copies)
+    elif arm in TRAININGS:
+        job.system = told_to_forget(float((job.labels != clean).mean())) if arm == "co-teaching" else TRAININGS[arm]
     elif arm.startswith("clean --"):
-        probs = unseen_probabilities(job) if arm == "clean --probs" else None
-        embeddings = eval_features(job) if arm == "clean --embeddings" else None
-        table = clean_list(job, probs=probs, embeddings=embeddings)
+        probs = unseen_probabilities(job) if arm in ("clean --probs", "clean --method confident") else None
+        embeddings = eval_features(job) if arm in ("clean --embeddings", "clean --method knn") else None
+        method = arm.removeprefix("clean --method ") if "method" in arm else "witnesses"
+        table = clean_list(job, probs=probs, embeddings=embeddings, method=method)
         index = {name: c for c, name in enumerate(job.manifest.class_names)} | {"": -1}
         job.judged = np.array([index[name] for name in table.column("new").to_pylist()])
         job.doubt = table.column("p_wrong").to_numpy()
@@ -389,11 +404,13 @@ def summarise(name: str, network: str, arms: dict, rates: dict, work: Path) -> d
     named = [n for n, h in zip(manifest.class_names, hard, strict=True) if h]
     return {
         "network": network, "test_images": len(labels), "hard": named, "gap": gap, "arms": out, "pairs": pairs,
-        "environment": environment(),
+        "environment": environment("cleanlab"),
     }  # fmt: skip
 
 
-def arms_of(name: str, network: str) -> list[str]:
+def arms_of(name: str, network: str, rivals: bool) -> list[str]:
+    if rivals:
+        return [*SIMPLE[:3], *RIVALS, "capro" if name == "cifar10n" else "capro+reconcile"]
     arms = [*SIMPLE, "vanilla stage", *JOBS] if network == "frozen features" else list(NETWORK_ARMS)
     return [a for a in arms if name != "cifar10n" or a not in NEEDS_TEXT]
 
@@ -459,24 +476,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data", nargs="+", default=["web_icons", "fashion_web", "cifar10n"])
     parser.add_argument("--full", action="store_true", help="fine-tune the pretrained encoder as well")
+    parser.add_argument("--rivals", action="store_true", help="what else one would try, over frozen features")
     parser.add_argument("--networks", nargs="+", default=["frozen features", "small network"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=2)
     a = parser.parse_args()
+    if a.rivals:
+        a.networks, a.full = ["frozen features"], False
     networks = [*a.networks, *(["fine-tuned"] if a.full else [])]
-    kept = a.out / "webly.json"
+    kept = a.out / ("rivals.json" if a.rivals else "webly.json")
     results = json.loads(kept.read_text(encoding="utf-8"))["results"] if kept.exists() else {}  # of other sets
     with ProcessPoolExecutor(a.processes) as pool:
         pairs = [(n, k) for k in networks for n in a.data if k != "small network" or n == "web_icons"]
         frozen = [p for p in pairs if p[1] == "frozen features"]
         # The ablations come when the main arms are written already, trained networks last.
         passes = (
-            [(p, False) for p in frozen] + [(p, True) for p in frozen] + [(p, False) for p in pairs if p not in frozen]
+            [(p, False) for p in frozen]
+            + [(p, True) for p in frozen if not a.rivals]
+            + [(p, False) for p in pairs if p not in frozen]
         )
         for (name, network), ablations in passes:
             for development in (True, False) if network == "frozen features" else (False,):
                 manifest_of(name, a.work, development=development)
-            arms, rates = [x for x in arms_of(name, network) if ablations or x not in ABLATIONS], {}
+            arms, rates = [x for x in arms_of(name, network, a.rivals) if ablations or x not in ABLATIONS], {}
             if network == "frozen features":
                 # First one run each that computes the features which all others read.
                 seeds = (DEVELOPMENT_SEED, 0)
@@ -503,14 +525,14 @@ def main() -> None:
                     by_arm[row], rates[row] = [f | f["not fine-tuned"] for f in by_arm[arm]], rates[arm]
             results[f"{name}, {network}"] = summarise(name, network, by_arm, rates, a.work)
             told = {
-                "command": "python benchmarks/webly.py" + (" --full" if a.full else ""),
+                "command": "python benchmarks/webly.py" + (" --full" if a.full else " --rivals" if a.rivals else ""),
                 "grid": GRID, "choice": "web labels of held-out training pictures weighted by text, seed 100",
                 "results": results,
             }  # fmt: skip
             text = json.dumps(told, indent=1, default=float) + "\n"
             a.out.mkdir(parents=True, exist_ok=True)
-            write_atomically(a.out / "webly.json", lambda path, text=text: path.write_text(text, encoding="utf-8"))
-            draw(results, a.out / "webly.png")
+            write_atomically(kept, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+            draw(results, kept.with_suffix(".png"))
     print(markdown(results))
 
 

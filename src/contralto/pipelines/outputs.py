@@ -32,8 +32,8 @@ def _no_formula(cell: str) -> str:
     return "'" + cell if first in ("=", "+", "-", "@") or cell[:1] in ("\t", "\r", "\n") else cell
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record of a run."""
+def environment(*more: str) -> dict[str, Any]:
+    """Versions and machine, for the record of a run; `more` names further packages."""
     packages = (
         "contralto",
         "torch",
@@ -51,7 +51,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "packages": {p: metadata.version(p) for p in packages},
+        "packages": {p: metadata.version(p) for p in (*packages, *more)},
     }
 
 

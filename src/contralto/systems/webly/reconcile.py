@@ -37,7 +37,7 @@ from contralto.errors import UsageError
 from contralto.neighbors.knn import unit_rows
 from contralto.neighbors.matching import match_texts, within_class_rank
 
-__all__ = ["MIN_WORTH", "Reconciled", "reconcile", "soft_targets", "sure_anchors"]
+__all__ = ["MIN_WORTH", "Reconciled", "reconcile", "soft_targets", "sure_anchors", "unseen_probabilities"]
 
 Array = npt.NDArray[Any]
 
@@ -162,6 +162,32 @@ def reconcile(
         worth,
         trust,
     )
+
+
+def unseen_probabilities(
+    features: Array, labels: npt.NDArray[np.int64], texts: Sequence[str], classes: int, *, folds: int = 5, seed: int = 0
+) -> npt.NDArray[np.float64]:
+    """Class probabilities (N, C) of pictures by a logistic regression that learnt the given labels of the other folds.
+
+    Parameters
+    ----------
+    features : array (N, D)
+    labels : array (N,)
+        Given labels in [0, C); classes weigh alike.
+    texts : sequence of str (N,)
+        Pictures with one text, such as those of one product, lie in one fold.
+    classes : int
+        C.
+    folds, seed : int
+
+    Examples
+    --------
+    >>> features = np.eye(2)[np.arange(20) % 2]
+    >>> unseen_probabilities(features, np.arange(20) % 2, [""] * 20, 2).argmax(1).tolist() == (np.arange(20) % 2).tolist()
+    True
+    """
+    visual = _components(features, _DIMS)
+    return _judge_unseen(visual, np.eye(classes)[labels], _deal(texts, classes, folds, seed), _L2)
 
 
 def sure_anchors(
