@@ -234,7 +234,7 @@ def main() -> None:
         ("texts", "ray", a.pictures // 4),
         ("features_resnet50", "here", 256),
     ]
-    wanted += [("duplicates", "here", n) for n in (100_000, 300_000, 1_000_000)] + [("blocks", "ray", 1000)]
+    wanted += [("duplicates", "here", n) for n in (100_000, 1_000_000, 5_000_000)] + [("blocks", "ray", 1000)]
     rows = []
     for name, on, count in wanted:
         command = [
