@@ -72,9 +72,8 @@ def test_the_interval_is_of_seeds_and_groups_of_pictures():
     apart, together = (map_interval(truth + noise, truth, groups=g, resamples=400) for g in (None, tens))
     assert 2 < (together.high - together.low) / (apart.high - apart.low) < 5
     # Seeds that differ widen it.
-    alike = map_interval(np.stack([better[0]] * 2), truth := rng.random((300, 5)) < 0.2, resamples=400)
-    unlike = map_interval(np.stack([truth + 0.1 * noise, -truth + 0.1 * noise]), truth, resamples=400)
-    assert unlike.high - unlike.low > alike.high - alike.low
+    alike, unlike = (map_interval(truth + np.stack([noise, x * noise]), truth, resamples=400) for x in (1.0, 3.0))
+    assert unlike.high - unlike.low > 1.5 * (alike.high - alike.low)
     with pytest.raises(UsageError, match="at least one 1"):
         map_interval(np.zeros((4, 2)), np.zeros((4, 2)))
     with pytest.raises(UsageError, match="are needed"):
