@@ -56,6 +56,7 @@ def fit_capro_multilabel(
     class_text: ClassText = "name+definition",
     text_words: Literal["english", "any", "raw"] = "raw",
     glued: bool = True,
+    specific: bool = False,
     enhance: bool = True,
     use_rerank: bool = True,
     neighbours: int = 40,
@@ -102,6 +103,9 @@ def fit_capro_multilabel(
         As of `fit_capro`.
     glued : bool
         Split glued tags into words.
+    specific : bool
+        Extension: a word that ends a longer name of another class names that class alone ("blue" in "navy blue"), for classes
+        that exclude each other.
     enhance, use_rerank, neighbours, kept_neighbours, k1, k2, rerank_weight, edge, self_weight, normalisation, degree, match
         As of `fit_capro`; every pair of picture and label is matched.
     anchors : int, optional
@@ -137,7 +141,7 @@ class CAProMultiLabelJob(CAProJob):
     name = "capro-multilabel"
     system: ClassVar = CAProMultiLabel
     fit: ClassVar = staticmethod(fit_capro_multilabel)
-    extensions: ClassVar = ()
+    extensions: ClassVar = ("specific",)
     multilabel = True
 
     # Data.
@@ -154,7 +158,9 @@ class CAProMultiLabelJob(CAProJob):
         return manifest
 
     def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        self._named = tag_labels(self.manifest.texts, self.manifest.classes, glued=self.arguments["glued"])
+        self._named = tag_labels(
+            self.manifest.texts, self.manifest.classes, glued=self.arguments["glued"], specific=self.arguments["specific"]
+        )
         if not self._named.any():
             raise DataError(
                 "no text names any of the classes: name the columns of the tags with --text_column", file=self.data
