@@ -188,7 +188,14 @@ def large_tags(root):
     folder(root)
     glued = "".join(np.random.default_rng(0).choice(["blue", "sky", "sunset", "red"], 60_000))
     words = [" ".join(glued[i : i + 200] for i in range(shift, len(glued) - 200, 200)) for shift in range(40)]
-    tags = [["red", "x"] * 500_000, "z" * 10 * MIB, [["red"] * 1000] * 1000, {"red": ["red"] * 100_000}, "\u202e\x00\ud800red", *words]
+    tags = [
+        ["red", "x"] * 500_000,
+        "z" * 10 * MIB,
+        [["red"] * 1000] * 1000,
+        {"red": ["red"] * 100_000},
+        "\u202e\x00\ud800red",
+        *words,
+    ]
     with (root / "a.jsonl").open("w") as file:
         for value in tags:
             file.write(json.dumps({"path": "red/good.png", "tags": value, "right": value}) + "\n")

@@ -50,7 +50,14 @@ def test_the_most_specific_name_counts_where_classes_exclude_each_other():
         ClassInfo("Casual Shoes", ("shoe",)), ClassInfo("Sports Shoes", ("sports shoe",)), ClassInfo("Sports"),
         ClassInfo("Blue"), ClassInfo("Navy Blue"), ClassInfo("dark navy blue"), ClassInfo("2009"),
     ]  # fmt: skip
-    texts = ["navy blue sports shoes", "blue casual shoe", "navy-blue, blue", "dark navy blue navy blue", "sports, shoe", "2009"]
+    texts = [
+        "navy blue sports shoes",
+        "blue casual shoe",
+        "navy-blue, blue",
+        "dark navy blue navy blue",
+        "sports, shoe",
+        "2009",
+    ]
     found = tag_labels(texts, classes, glued=False, specific=True).astype(int).tolist()
     assert found == [
         [0, 1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0],

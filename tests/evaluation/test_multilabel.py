@@ -7,7 +7,13 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from contralto.errors import UsageError
-from contralto.evaluation.multilabel import _weighted_map, average_precisions, entry_metrics, map_interval, multilabel_metrics
+from contralto.evaluation.multilabel import (
+    _weighted_map,
+    average_precisions,
+    entry_metrics,
+    map_interval,
+    multilabel_metrics,
+)
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "capro_multilabel.npz", allow_pickle=False)
 
@@ -48,7 +54,13 @@ def test_resampled_precision_equals_that_of_weighted_pictures_with_ties():
     weight = rng.multinomial(40, np.full(40, 1 / 40), size=20)
     weight[0, truth[:, 0]] = 0  # a resample without the first class
     expected = [
-        np.mean([average_precision_score(truth[:, c], scores[:, c], sample_weight=w) for c in range(3) if w[truth[:, c]].any()])
+        np.mean(
+            [
+                average_precision_score(truth[:, c], scores[:, c], sample_weight=w)
+                for c in range(3)
+                if w[truth[:, c]].any()
+            ]
+        )
         for w in weight
     ]
     np.testing.assert_allclose(_weighted_map(scores, truth, weight), expected)

@@ -126,7 +126,9 @@ def test_wrong_use_is_named(tagged_parquet, tmp_path):
         fit_capro_multilabel(str(tagged_parquet), tmp_path / "b", definitions=tmp_path / "c.yaml", **TAGGED)
     words = TAGGED | {"clean_column": "colours,nothing"}
     with pytest.raises(DataError, match="no column 'nothing'"):
-        fit_capro_multilabel(str(tagged_parquet), tmp_path / "c", definitions=tagged_parquet.with_name("classes.yaml"), **words)
+        fit_capro_multilabel(
+            str(tagged_parquet), tmp_path / "c", definitions=tagged_parquet.with_name("classes.yaml"), **words
+        )
 
 
 def test_sets_survive_saving_and_damage_is_named(tagged_parquet, tmp_path):

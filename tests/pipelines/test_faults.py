@@ -270,8 +270,8 @@ def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_
 
 def test_tags_and_right_labels_of_any_kind_train_through(tmp_path):
     values = [
-        None, 17, ["red", None, ["green"], {"a": "blue"}], {"red": 1}, "y" * 1_000_000, "\u202e\x00red", "<script>red</script>", [],
-        "", True, float("nan"), ["red"] * 100_000, "red" * 60,
+        None, 17, ["red", None, ["green"], {"a": "blue"}], {"red": 1}, "y" * 1_000_000, "\u202e\x00red", "<script>red</script>",
+        [], "", True, float("nan"), ["red"] * 100_000, "red" * 60,
     ]  # fmt: skip
     rows = tagged_rows(test=18)
     for i, value in enumerate(values):

@@ -159,7 +159,10 @@ class CAProMultiLabelJob(CAProJob):
 
     def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         self._named = tag_labels(
-            self.manifest.texts, self.manifest.classes, glued=self.arguments["glued"], specific=self.arguments["specific"]
+            self.manifest.texts,
+            self.manifest.classes,
+            glued=self.arguments["glued"],
+            specific=self.arguments["specific"],
         )
         if not self._named.any():
             raise DataError(
