@@ -48,7 +48,7 @@ def build(stage, kept):
     }
     if stage.startswith("multilabel "):
         system = CAProMultiLabel(
-            nn.Linear(6, 8), CLASSES, 8, stage=stage.removeprefix("multilabel "), threshold=0.85, **same
+            nn.Linear(6, 8), CLASSES, 8, stage=stage.removeprefix("multilabel "), threshold=0.85, alpha=0.2, **same
         ).double()
         system.prototypes.copy_(F.normalize(torch.randn(CLASSES, 2, 5, dtype=torch.float64), dim=2))
         system.positive_weight.copy_(1 + torch.rand(CLASSES, dtype=torch.float64))
