@@ -223,9 +223,11 @@ class CAProMultiLabel(StagedCAPro):
     @torch.no_grad()
     def _bootstrap(self, z: Tensor) -> Tensor:
         keys = self.queue.read().to(z.dtype)
-        each = self.in_spaces(keys)
-        votes = self._positive_scores(self._auxiliary_logits(each), each, self.prototypes)
-        return (bootstrapping_weights(z, keys) @ votes).clamp(0, 1)
+        votes = []
+        for part in keys.split(256):  # Q x C x d numbers at once are slow to allocate, and many in a large queue
+            each = self.in_spaces(part)
+            votes.append(self._positive_scores(self._auxiliary_logits(each), each, self.prototypes))
+        return (bootstrapping_weights(z, keys) @ torch.cat(votes)).clamp(0, 1)
 
     def _binary(self, logits: Tensor, label: Tensor) -> Tensor:
         weight = self.positive_weight.to(logits.dtype)
