@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 SOURCE = Path(__file__).parents[1] / "src" / "contralto"
 ROOMS = [
-    "errors", "files", "distributed", "data", "views",
+    "errors", "files", "distributed", "cluster", "data", "views",
     "encoders", "losses", "prototypes", "neighbors", "memory", "evaluation", "systems",
     "training", "pipelines", "review", "claims", "cli",
 ]  # fmt: skip

@@ -121,6 +121,7 @@ def inspect_(
     blank_share: float | None = 0.8,
     min_side: int = 32,
     allow_outside: bool = False,
+    on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Show what data hold before hours of training: columns, classes, texts, broken and duplicate files, cost.
@@ -138,12 +139,13 @@ def inspect_(
         blank_share: Share of one grey level that makes an image blank; null for none.
         min_side: Smallest side in pixels.
         allow_outside: Let tables name files outside their folder.
+        on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.data.inspect import inspect_data, print_inspection
     from contralto.pipelines.capro import estimate_cost
 
     columns = {k: v for k, v in locals().items() if k.endswith("_column")}
-    options = {"blank_share": blank_share, "min_side": min_side, "allow_outside": allow_outside}
+    options = {"blank_share": blank_share, "min_side": min_side, "allow_outside": allow_outside, "on": on}
     result = inspect_data(data, definitions=definitions, **options, **columns)
     result["cost"] = estimate_cost(sum(c["train"] for c in result["classes"]), max(len(result["classes"]), 2))
     if show:
@@ -283,6 +285,7 @@ def predict(
     out: Path | None = None,
     threshold: float = 0.0,
     image_column: str | None = None,
+    on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Classify images with a finished run; writes Parquet with id, label and confidence.
@@ -293,31 +296,32 @@ def predict(
         out: Parquet file to write; default: predictions.parquet in the current folder.
         threshold: Say "unknown" where no probability is above it.
         image_column: Column of the images.
+        on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    from contralto.pipelines.applying import apply_model
     from contralto.systems.webly.model import load
 
     model, target = load(run), out or Path("predictions.parquet")
-    ids, pictures = _pictures(data, image_column)
-    predictions = model.predict(pictures, threshold=threshold)
-    best = predictions.probabilities.max(1) if ids else np.zeros(0)
-    kind = pa.list_(pa.string()) if model.multilabel else pa.string()
-    pq.write_table(pa.table({"id": ids, "label": pa.array(list(predictions), kind), "confidence": best}), target)
+    applied = apply_model(model, data, target, threshold=threshold, image_column=image_column, on=on)
+    _print_skipped(applied.skipped)
     if show:
         table = _table("id", "label", "confidence")
-        for i in range(min(10, len(ids))):
-            told = ", ".join(predictions[i]) if model.multilabel else predictions[i]
-            table.add_row(ids[i][:60], told, _percent(float(best[i])))
+        for row in applied.head:
+            told = ", ".join(row["label"]) if model.multilabel else row["label"]
+            table.add_row(row["id"][:60], told, _percent(row["confidence"]))
         _console().print(table)
-        _console().print(f"{len(ids)} predictions in {target}", highlight=False)
-    return {"n": len(ids), "unknown": predictions.count("unknown") if threshold > 0 else 0, "file": str(target)}
+        _console().print(f"{applied.n} predictions in {target}", highlight=False)
+    return {"n": applied.n, "unknown": applied.unknown, "file": str(target)}
 
 
 def embed(
-    run: Path, data: str, *, out: Path | None = None, image_column: str | None = None, show: bool = True
+    run: Path,
+    data: str,
+    *,
+    out: Path | None = None,
+    image_column: str | None = None,
+    on: str | None = None,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Embed images in the space of a run's prototypes; writes Parquet with id and embedding.
 
@@ -326,19 +330,18 @@ def embed(
         data: Images in any form, or one image file.
         out: Parquet file to write; default: embeddings.parquet in the current folder.
         image_column: Column of the images.
+        on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    from contralto.pipelines.applying import apply_model
     from contralto.systems.webly.model import load
 
     model, target = load(run), out or Path("embeddings.parquet")
-    ids, pictures = _pictures(data, image_column)
-    rows = model.embed(pictures)
-    pq.write_table(pa.table({"id": ids, "embedding": pa.array(list(rows), pa.list_(pa.float32()))}), target)
+    applied = apply_model(model, data, target, task="embed", image_column=image_column, on=on)
+    _print_skipped(applied.skipped)
+    width = int(model.config["dim"])
     if show:
-        _console().print(f"{len(ids)} embeddings of width {rows.shape[1]} in {target}", highlight=False)
-    return {"n": len(ids), "width": int(rows.shape[1]), "file": str(target)}
+        _console().print(f"{applied.n} embeddings of width {width} in {target}", highlight=False)
+    return {"n": applied.n, "width": width, "file": str(target)}
 
 
 def clean(
@@ -368,6 +371,7 @@ def clean(
     neighbours: int = 20,
     kept_neighbours: int = 5,
     seed: int = 0,
+    on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
     """Write the list of wrong images and the corrected labels, as Parquet and CSV.
@@ -404,6 +408,7 @@ def clean(
         neighbours: Similar images that vote.
         kept_neighbours: Similar images that lend each other their texts.
         seed: Deals images to folds.
+        on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     if probs is not None or embeddings is not None:
         options = {k: v for k, v in locals().items() if k not in ("data", "out", "show")}
@@ -585,6 +590,7 @@ def doctor(*, show: bool = True) -> dict[str, Any]:
         "sentence-transformers": ("sentence_transformers", "text"),
         "open_clip": ("open_clip", "openclip"),
         "cleanlab": ("cleanlab", "cleanlab"),
+        "Ray": ("ray", "ray"),
     }
     result: dict[str, Any] = {
         "contralto": metadata.version("contralto"),
@@ -691,28 +697,9 @@ def _named_preset(argv: Sequence[str]) -> str | None:
     return None
 
 
-def _pictures(data: str, image_column: str | None) -> tuple[list[str], list[bytes]]:
-    from contralto.data.images import ImageError, probe_image
-    from contralto.data.ingest import clean_name
-    from contralto.data.sources import IMAGE_SUFFIXES, read_records
-
-    if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
-        return [data], [Path(data).read_bytes()]
-    ids, pictures, skipped = [], [], 0
-    for record in read_records(data, image_column=image_column):
-        try:
-            if record.problem:
-                raise ImageError(record.problem)
-            probe_image(record.data)
-        except ImageError as error:
-            skipped += 1
-            print(f"skipped {clean_name(record.id)}: {error}", file=sys.stderr)
-            continue
-        ids.append(clean_name(record.id))
-        pictures.append(record.data)
-    if not ids:
-        raise DataError(f"not one usable image ({skipped} skipped)", file=data)
-    return ids, pictures
+def _print_skipped(skipped: list[tuple[str, str]]) -> None:
+    for name, reason in skipped:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
 
 
 def _summary(run: Path) -> dict[str, Any]:

@@ -4,6 +4,9 @@ Every message names the file, row or argument and says what was expected. The co
 leaves with `exit_code`; only a fault of our own shows a traceback.
 """
 
+from functools import partial
+from typing import Any
+
 __all__ = ["ContraltoError", "DataError", "MissingExtraError", "UsageError"]
 
 
@@ -55,3 +58,7 @@ class MissingExtraError(ContraltoError, ImportError):
 
     def __init__(self, what: str, *, extra: str) -> None:
         super().__init__(f'{what} needs packages that are not installed: pip install "contralto[{extra}]"')
+        self._made = what, extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), extra=self._made[1]), self._made[:1]

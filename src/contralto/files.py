@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
 
 from contralto.errors import ContraltoError, DataError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["naming", "plain_json", "remove_leftovers", "save_array", "save_weights", "write_atomically", "write_json"]
 
@@ -118,17 +118,21 @@ def save_array(array: npt.NDArray[Any], path: str | Path) -> None:
     write_atomically(path, write)
 
 
-def save_weights(module: nn.Module, path: str | Path) -> None:
+def save_weights(module: "nn.Module", path: str | Path) -> None:
     """Write parameters and buffers as safetensors, on the CPU and contiguous.
 
     Examples
     --------
     >>> import tempfile
+    >>> from torch import nn
     >>> target = Path(tempfile.mkdtemp()) / "w.safetensors"
     >>> save_weights(nn.Linear(2, 2), target)
     >>> target.exists()
     True
     """
+    from safetensors import SafetensorError  # these bring torch, for which who only reads pictures need not wait
+    from safetensors.torch import save_file
+
     weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
 
     def write(part: Path) -> None:

@@ -1,16 +1,26 @@
-"""Ingest: one step from what people have to the manifest that everything else reads."""
+"""Ingest: one step from what people have to the manifest that everything else reads.
+
+Every block of the data (`data.sources.find_blocks`) is looked at by itself, here or on a cluster: pictures are decoded, filtered
+and hashed, and what is known of each becomes a row of a small table. From all these tables the manifest is made in one place,
+because columns, classes, ids and duplicates can only be known from all of them.
+"""
 
 import hashlib
+import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from contralto.cluster import map_blocks
 from contralto.data.images import (
     ImageError,
     decode_image,
@@ -20,7 +30,7 @@ from contralto.data.images import (
     probe_image,
 )
 from contralto.data.manifest import CLEAN_SETS, MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, Manifest
-from contralto.data.sources import Record, read_records, root_of
+from contralto.data.sources import Block, Record, find_blocks, read_block, root_of
 from contralto.errors import DataError
 
 __all__ = ["ROLES", "clean_name", "find_columns", "ingest"]
@@ -39,6 +49,18 @@ _WEB_LABELS = ("query", "web_label", "noisy_label", "given_label")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_NAME = 200
 MAX_HELD = 256 * 2**20
+LOOKED_AT = pa.schema(
+    [
+        *(
+            MANIFEST_SCHEMA.field(n)
+            for n in ("id", "source", "container", "member", "offset", "length", "width", "height")
+        ),
+        *(MANIFEST_SCHEMA.field(n) for n in ("format", "sha256", "phash")),
+        *(SKIPPED_SCHEMA.field(n) for n in ("row", "reason", "detail")),
+        ("fields", pa.string()),
+    ]
+)
+"""What is known of a picture before the others are; `reason` is null where it can be used, `fields` are JSON."""
 
 
 def find_columns(
@@ -110,6 +132,7 @@ def ingest(
     multilabel: bool = False,
     workers: int = 2,
     allow_outside: bool = False,
+    on: str | None = None,
     progress: Callable[[int], None] | None = None,
     left_out: Callable[[int], None] | None = None,
 ) -> Manifest:
@@ -131,9 +154,11 @@ def ingest(
         Pictures may show several classes: the given labels are left for `data.tags` to find in the texts, and the right ones are
         what the columns of `clean_column`, joined by commas, name among the classes or their search words.
     workers : int
-        Threads that decode.
+        Threads that decode, in every process.
     allow_outside : bool
         Let tables name files outside their folder.
+    on : str, optional
+        Where pictures are read: see `contralto.cluster.map_blocks`. Changes nothing in what comes out.
     progress : function, optional
         Called with the number of pictures seen so far.
     left_out : function, optional
@@ -154,34 +179,34 @@ def ingest(
         "id": id_column, "label": label_column, "text": text_column, "split": split_column, "clean": clean_column,
         "group": group_column,
     }  # fmt: skip
-    examine = _examiner(image_filter, min_side, blank_share)
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, Any]] = []
-    columns: Counter[str] = Counter()
-    found = read_records(str(address), image_column=image_column, allow_outside=allow_outside)
-    records = (_with_bounded_texts(record, 4 * max_text) for record in found)
-    for seen, (record, result) in enumerate(_map_ordered(examine, records, workers)):
-        if progress is not None:
-            progress(seen + 1)
-        columns.update(record.fields.keys())
-        if isinstance(result, str):
-            if left_out is not None:
-                left_out(seen)
-            reason, _, detail = result.partition("\t")
-            skipped.append(
-                {
-                    "id": clean_name(record.id),
-                    "source": clean_name(record.source),
-                    "row": record.row,
-                    "reason": reason,
-                    "detail": detail,
-                }
-            )
-        else:
-            rows.append({"record": record, **result})
-        record.data = b""
-    if not rows:
-        reasons = Counter(s["reason"] for s in skipped).most_common(5)
+    kept = {c for given in named.values() if given for c in (given, *map(str.strip, given.split(",")))}
+    look = partial(
+        _look,
+        options=_Options(
+            image_column, allow_outside, image_filter, min_side, blank_share, 4 * max_text, workers,
+            frozenset(kept.union(*ROLES.values())),
+        ),
+    )  # fmt: skip
+    if on is None and progress is not None:
+        numbers = count(1)
+        look = partial(look, tick=lambda: progress(next(numbers)))
+    tables: list[pa.Table] = []
+    columns: dict[str, None] = {}
+    seen = 0
+    for table, names in map_blocks(look, find_blocks(str(address)), on=on):
+        tables.append(table)
+        columns |= dict.fromkeys(names)
+        if left_out is not None:
+            for place in np.flatnonzero(table.column("reason").is_valid().to_numpy()):
+                left_out(seen + int(place))
+        seen += table.num_rows
+        if on is not None and progress is not None:
+            progress(seen)
+    every = pa.concat_tables(tables) if tables else LOOKED_AT.empty_table()
+    usable = every.column("reason").is_null()
+    rows, skipped = every.filter(usable), every.filter(pc.invert(usable)).select(SKIPPED_SCHEMA.names)
+    if not rows.num_rows:
+        reasons = Counter(skipped.column("reason").to_pylist()).most_common(5)
         told = ", ".join(f"{n} {r}" for r, n in reasons) or "no pictures were found"
         raise DataError(f"not one usable picture: {told}", file=str(address))
     several = ("text", "clean") if multilabel else ("text",)
@@ -191,29 +216,65 @@ def ingest(
     return _build(str(address), rows, skipped, roles, classes, max_text)
 
 
-def _examiner(image_filter: bool, min_side: int, blank_share: float | None) -> Callable[[Record], dict[str, Any] | str]:
-    def examine(record: Record) -> dict[str, Any] | str:
-        if record.problem:
-            return record.problem
-        try:
-            info = probe_image(record.data)
-            image = decode_image(record.data)
-        except ImageError as error:
-            return f"{error.reason}\t{error.detail}"
-        if image_filter:
-            reason = filter_reason(image, min_side=min_side, blank_share=blank_share)
-            if reason is not None:
-                return f"{reason}\t{info.width} x {info.height}"
-        return {
-            "width": info.width,
-            "height": info.height,
-            "format": info.format,
-            "length": len(record.data),
-            "sha256": hashlib.sha256(record.data).hexdigest(),
-            "phash": perceptual_hash(image),
-        }
+@dataclass(frozen=True)
+class _Options:
+    """How pictures are looked at; `kept` are the columns that may play a role."""
 
-    return examine
+    image_column: str | None
+    allow_outside: bool
+    image_filter: bool
+    min_side: int
+    blank_share: float | None
+    max_text: int
+    workers: int
+    kept: frozenset[str]
+
+
+def _look(block: Block, *, options: _Options, tick: Callable[[], None] | None = None) -> tuple[pa.Table, list[str]]:
+    """Decode, filter and hash the pictures of a block: a row of `LOOKED_AT` for each, and the names of all columns."""
+    examine = partial(_examine, options=options)
+    tables: list[pa.Table] = []
+    rows: list[dict[str, Any]] = []
+    names: dict[str, None] = {}
+    records = read_block(block, image_column=options.image_column, allow_outside=options.allow_outside)
+    bounded = (_with_bounded_texts(record, options, names) for record in records)
+    for record, result in _map_ordered(examine, bounded, options.workers):
+        if "reason" in result:
+            place = {"id": clean_name(record.id), "source": clean_name(record.source), "row": record.row}
+        else:
+            place = {k: getattr(record, k) for k in ("source", "container", "member", "offset", "row")}
+            place |= {"id": clean_name(record.id), "fields": json.dumps(record.fields, default=str)}
+        rows.append(place | result)
+        record.data = b""
+        if tick is not None:
+            tick()
+        if len(rows) == 1000:
+            tables.append(pa.Table.from_pylist(rows, LOOKED_AT))
+            rows = []
+    return pa.concat_tables([*tables, pa.Table.from_pylist(rows, LOOKED_AT)]), list(names)
+
+
+def _examine(record: Record, options: _Options) -> dict[str, Any]:
+    """What the bytes of a picture say: columns of `LOOKED_AT`, or the reason why it cannot be used."""
+    if record.problem:
+        return {"reason": record.problem, "detail": ""}
+    try:
+        info = probe_image(record.data)
+        image = decode_image(record.data)
+    except ImageError as error:
+        return {"reason": error.reason, "detail": error.detail}
+    if options.image_filter:
+        reason = filter_reason(image, min_side=options.min_side, blank_share=options.blank_share)
+        if reason is not None:
+            return {"reason": reason, "detail": f"{info.width} x {info.height}"}
+    return {
+        "width": info.width,
+        "height": info.height,
+        "format": info.format,
+        "length": len(record.data),
+        "sha256": hashlib.sha256(record.data).hexdigest(),
+        "phash": perceptual_hash(image),
+    }
 
 
 def _map_ordered(
@@ -235,8 +296,10 @@ def _map_ordered(
             yield first, future.result()
 
 
-def _with_bounded_texts(record: Record, limit: int) -> Record:
-    record.fields = {k: _bounded(v, limit) for k, v in record.fields.items()}
+def _with_bounded_texts(record: Record, options: _Options, names: dict[str, None]) -> Record:
+    """Enter the names of all columns into `names`, and keep those that may play a role, cut."""
+    names |= dict.fromkeys(record.fields)
+    record.fields = {k: _bounded(v, options.max_text) for k, v in record.fields.items() if k in options.kept}
     return record
 
 
@@ -260,13 +323,23 @@ def _value(fields: Mapping[str, Any], columns: Sequence[str]) -> Any:
     return next((fields[c] for c in columns if fields.get(c) is not None), None)
 
 
-def _name(value: Any, row: Record) -> str | None:
+def _names(rows: pa.Table, columns: Sequence[str]) -> list[str | None]:
+    """The label of every picture, as a cleaned name."""
+    places = zip(_fields(rows), rows.column("source").to_pylist(), rows.column("row").to_pylist(), strict=True)
+    return [_name(_value(fields, columns), source, row) for fields, source, row in places]
+
+
+def _fields(rows: pa.Table) -> Iterator[dict[str, Any]]:
+    """The columns of every picture, one after the other: all at once may not fit into memory."""
+    for chunk in rows.column("fields").chunks:
+        yield from map(json.loads, chunk.to_pylist())
+
+
+def _name(value: Any, source: str, row: int) -> str | None:
     if value is None or value == "":
         return None
-    if isinstance(value, (list, tuple, dict)):
-        raise DataError(
-            "several labels for one picture: use the system for multi-label data", file=row.source, row=row.row
-        )
+    if isinstance(value, (list, dict)):
+        raise DataError("several labels for one picture: use the system for multi-label data", file=source, row=row)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return clean_name(str(value)).strip() or None
@@ -274,15 +347,13 @@ def _name(value: Any, row: Record) -> str | None:
 
 def _build(
     address: str,
-    rows: list[dict[str, Any]],
-    skipped: list[dict[str, Any]],
+    rows: pa.Table,
+    skipped: pa.Table,
     roles: dict[str, list[str]],
     classes: Sequence[ClassInfo] | None,
     max_text: int,
 ) -> Manifest:
-    records: list[Record] = [r["record"] for r in rows]
-    given = [_name(_value(r.fields, roles["label"]), r) for r in records]
-    clean = [_name(_value(r.fields, roles["clean"]), r) for r in records]
+    given, clean = _names(rows, roles["label"]), _names(rows, roles["clean"])
     if classes is None:
         classes = [ClassInfo(name, (name,)) for name in sorted({g for g in given if g is not None})]
     names = {c.name: i for i, c in enumerate(classes)}
@@ -300,13 +371,13 @@ def _build(
     numbers = [-1 if g is None else names[g] for g in given]
     right = [names.get(c, -1) if c is not None else out_of_set for c in clean]
     table = _table(rows, roles, numbers, right, max_text)
-    return Manifest(table, tuple(classes), root_of(address), pa.Table.from_pylist(skipped, schema=SKIPPED_SCHEMA))
+    return Manifest(table, tuple(classes), root_of(address), skipped)
 
 
 def _build_sets(
     address: str,
-    rows: list[dict[str, Any]],
-    skipped: list[dict[str, Any]],
+    rows: pa.Table,
+    skipped: pa.Table,
     roles: dict[str, list[str]],
     classes: Sequence[ClassInfo] | None,
     max_text: int,
@@ -316,55 +387,43 @@ def _build_sets(
         raise DataError("multi-label data need a file of definitions: it says what the classes are", file=address)
     number = {q.casefold(): i for i, c in enumerate(classes) for q in (*c.queries, c.name)}
     sets: list[list[int] | None] = []
-    for r in rows:
-        values = [r["record"].fields.get(c) for c in roles["clean"]]
-        words = [w for v in values if v is not None for w in (v if isinstance(v, (list, tuple)) else [v])]
+    for fields in _fields(rows):
+        values = [fields.get(c) for c in roles["clean"]]
+        words = [w for v in values if v is not None for w in (v if isinstance(v, list) else [v])]
         found = {number[w] for w in (clean_name(str(w)).strip().casefold() for w in words) if w in number}
         sets.append(sorted(found) if words else None)
-    table = _table(rows, roles, [-1] * len(rows), [-2] * len(rows), max_text)
-    left_out = pa.Table.from_pylist(skipped, schema=SKIPPED_SCHEMA)
-    return Manifest(table, tuple(classes), root_of(address), left_out, pa.array(sets, CLEAN_SETS))
-
-
-def _table(
-    rows: list[dict[str, Any]], roles: dict[str, list[str]], given: list[int], clean: list[int], max_text: int
-) -> pa.Table:
-    records: list[Record] = [r["record"] for r in rows]
-    identities = _unique([clean_name(_value(r.fields, roles["id"]) if roles["id"] else r.id) for r in records])
-    splits = [clean_name(_value(r.fields, roles["split"]) or "train") for r in records]
-    texts = [
-        _CONTROL.sub("", ". ".join(_as_text(r.fields[c]) for c in roles["text"] if r.fields.get(c)))[:max_text]
-        for r in records
-    ]
-    sha256 = np.array([r["sha256"] for r in rows])
-    phash = np.array([r["phash"] for r in rows], dtype=np.uint64)
-    return pa.table(
-        {
-            "index": np.arange(len(rows)),
-            "id": identities,
-            "source": [r.source for r in records],
-            "container": [r.container for r in records],
-            "member": [r.member for r in records],
-            "offset": [r.offset for r in records],
-            "length": [r["length"] for r in rows],
-            "width": [r["width"] for r in rows],
-            "height": [r["height"] for r in rows],
-            "format": [r["format"] for r in rows],
-            "sha256": sha256.tolist(),
-            "phash": phash,
-            "duplicate_group": duplicate_groups(phash, sha256),
-            "label": given,
-            "text": texts,
-            "split": splits,
-            "clean_label": clean,
-            "group": [clean_name(_value(r.fields, roles["group"]) or "") for r in records],
-        },
-        schema=MANIFEST_SCHEMA,
+    unknown = [-1] * len(sets), [-2] * len(sets)
+    return Manifest(
+        _table(rows, roles, *unknown, max_text), tuple(classes), root_of(address), skipped, pa.array(sets, CLEAN_SETS)
     )
 
 
+def _table(rows: pa.Table, roles: dict[str, list[str]], given: list[int], clean: list[int], max_text: int) -> pa.Table:
+    ids, texts, splits, groups = [], [], [], []
+    for fields, found in zip(_fields(rows), rows.column("id").to_pylist(), strict=True):
+        ids.append(clean_name(_value(fields, roles["id"])) if roles["id"] else found)
+        text = ". ".join(_as_text(fields[c]) for c in roles["text"] if fields.get(c))
+        texts.append(_CONTROL.sub("", text)[:max_text])
+        splits.append(clean_name(_value(fields, roles["split"]) or "train"))
+        groups.append(clean_name(_value(fields, roles["group"]) or ""))
+    sha256 = rows.column("sha256").to_numpy(zero_copy_only=False).astype(str)
+    phash = rows.column("phash").to_numpy()
+    told: dict[str, Any] = {
+        "index": np.arange(len(rows)),
+        "id": _unique(ids),
+        "duplicate_group": duplicate_groups(phash, sha256),
+        "label": given,
+        "text": texts,
+        "split": splits,
+        "clean_label": clean,
+        "group": groups,
+    }
+    found = {n: rows.column(n).combine_chunks() for n in MANIFEST_SCHEMA.names if n not in told}
+    return pa.table({n: (told | found)[n] for n in MANIFEST_SCHEMA.names}, schema=MANIFEST_SCHEMA)
+
+
 def _as_text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _unique(identities: list[str]) -> list[str]:

@@ -171,14 +171,22 @@ class Manifest:
         """
         return self._reader.read(*self._places[row])
 
+    def places(self, rows: npt.NDArray[Any]) -> list[tuple[Any, ...]]:
+        """Where the bytes of some rows are, as arguments of `ByteReader.read`."""
+        names = ("source", "container", "member", "offset", "length")
+        if not len(rows):
+            return []
+        first, last = int(rows.min()), int(rows.max())  # `take` from all of a long table is slow
+        chosen = self.table.select(names).slice(first, last + 1 - first).take(pa.array(rows - first))
+        return list(zip(*(chosen.column(n).to_pylist() for n in names), strict=True))
+
     @cached_property
     def _reader(self) -> ByteReader:
         return ByteReader(self.root)
 
     @cached_property
     def _places(self) -> list[tuple[Any, ...]]:
-        names = ("source", "container", "member", "offset", "length")
-        return list(zip(*(self.table.column(n).to_pylist() for n in names), strict=True))
+        return self.places(np.arange(len(self)))
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when pictures, texts, given labels or classes change.

@@ -12,6 +12,9 @@ form               what it looks like
 
 Any fsspec address works in place of a local path. Nothing is extracted, nothing is unpickled, no member or path may leave
 the root; what is refused comes out as a `Record` with a `problem`, so that it is counted and listed.
+
+Data are read in blocks (`find_blocks`, `read_block`): a tar, some row groups of a Parquet file, some files, some rows of a table.
+A block says where pictures are and holds none of their bytes, so any process that reaches the address can read it by itself.
 """
 
 import csv
@@ -24,7 +27,7 @@ import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ import pyarrow.parquet as pq
 
 from contralto.errors import DataError
 
-__all__ = ["ByteReader", "Record", "detect_form", "read_records"]
+__all__ = ["Block", "ByteReader", "Record", "detect_form", "find_blocks", "read_block", "read_records"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SIDE_SUFFIXES = (".txt", ".json", ".cls")
@@ -45,6 +48,8 @@ MAX_TABLE = 4 * 2**30
 MAX_RATIO = 100  # a .gz of real rows expands five to twenty times
 MAX_FILE = 64 * 2**20
 MAX_GROUP = 2 * 2**30
+BLOCK_ROWS = 1000
+BLOCK_TEXT = 4 * 2**20
 _PATH_COLUMNS = ("image_path", "path", "file_name", "filename", "filepath", "file", "image", "img", "key")
 _BYTE_COLUMNS = ("image", "jpg", "png", "bytes", "image_bytes", "img", "webp")
 
@@ -62,6 +67,31 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
     row: int = 0
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the data that can be read by itself: where its pictures are, not their bytes.
+
+    Parameters
+    ----------
+    address : str
+        Of the data, as the user gave it.
+    form : {"files", "tar", "parquet", "table"}
+    path : str
+        The tar, Parquet file or table; "" for files.
+    first : int
+        Row of the first picture in it.
+    items : tuple
+        What of it: numbers of row groups (of no groups: all of them); for files their paths with side files, class, row and
+        metadata; for a table its rows.
+    """
+
+    address: str
+    form: str
+    path: str = ""
+    first: int = 0
+    items: tuple[Any, ...] = ()
 
 
 def detect_form(address: str) -> str:
@@ -126,22 +156,88 @@ def read_records(address: str, *, image_column: str | None = None, allow_outside
     Record
         With `problem` set where something is refused.
     """
-    form = detect_form(address)
+    for block in find_blocks(address):
+        yield from read_block(block, image_column=image_column, allow_outside=allow_outside)
+
+
+def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
+    """The parts of the data at an address, in the order of reading; folders are listed and tables read on the way.
+
+    Parameters
+    ----------
+    address : str
+        Path or fsspec address.
+    rows : int, optional
+        About so many pictures in a block, 1000 by default; a tar is one block, and no row group of a Parquet file is split.
+
+    Yields
+    ------
+    Block
+    """
+    form, rows = detect_form(address), BLOCK_ROWS if rows is None else rows
     fs, root = _filesystem(address)
-    if form == "folder":
-        yield from _folder(fs, root)
-    elif form == "shards":
-        for folder in sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory"):
-            yield from _flat_folder(fs, root, folder)
+    if form in ("folder", "shards"):
+        found = _folder_files(fs, root) if form == "folder" else _shard_files(fs, root)
+        for part in _parts(found, rows):
+            yield Block(address, "files", items=tuple(part))
     elif form == "tar":
         for path in _files(fs, root, (".tar",)):
-            yield from _tar(fs, root, path)
+            yield Block(address, "tar", path)
     elif form == "parquet":
         for path in _files(fs, root, (".parquet",)):
-            yield from _parquet(fs, root, path, image_column, allow_outside)
+            yield from _group_blocks(fs, address, path, rows)
     else:
         for path in _files(fs, root, (".csv", ".jsonl", ".jsonl.gz")):
-            yield from _table(fs, root, path, image_column, allow_outside)
+            for part in _parts(_rows(fs, path), rows):
+                yield Block(address, "table", path, items=tuple(part))
+
+
+def read_block(block: Block, *, image_column: str | None = None, allow_outside: bool = False) -> Iterator[Record]:
+    """The pictures of one block, with their bytes.
+
+    Parameters
+    ----------
+    block : Block
+    image_column, allow_outside
+        See `read_records`.
+
+    Yields
+    ------
+    Record
+        With `problem` set where something is refused.
+    """
+    fs, root = _filesystem(block.address)
+    if block.form == "files":
+        for item in block.items:
+            yield _file_record(fs, root, *item)
+    elif block.form == "tar":
+        yield from _tar(fs, root, block.path)
+    elif block.form == "parquet":
+        yield from _parquet(fs, root, block, image_column, allow_outside)
+    else:
+        yield from _table(fs, block, image_column, allow_outside)
+
+
+def _parts(found: Iterable[Any], rows: int) -> Iterator[list[Any]]:
+    """Cut a stream into lists of so many entries, or fewer where they hold much text."""
+    part: list[Any] = []
+    weight = 0
+    for entry in found:
+        part.append(entry)
+        weight += _weight(entry)
+        if len(part) >= rows or weight > BLOCK_TEXT:
+            yield part
+            part, weight = [], 0
+    if part:
+        yield part
+
+
+def _weight(value: Any) -> int:
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(k) + _weight(v) for k, v in value.items())
+    return sum(map(_weight, value)) if isinstance(value, (list, tuple)) else 8
 
 
 def root_of(address: str) -> str:
@@ -298,6 +394,8 @@ def _filled(record: Record, fs: Any, path: str) -> Record:
         record.data = _read_file(fs, path, MAX_FILE)
     except FileNotFoundError:
         record.problem = "file is missing"
+    except (ConnectionError, TimeoutError):  # says nothing about the picture
+        raise
     except (OSError, DataError) as error:
         record.problem = f"cannot be read: {error}"[:200]
     return record
@@ -320,15 +418,20 @@ def _side_fields(texts: dict[str, bytes], name: str) -> dict[str, Any]:
     return fields
 
 
-def _folder(fs: Any, root: str) -> Iterator[Record]:
+def _folder_files(fs: Any, root: str) -> Iterator[tuple[Any, ...]]:
+    """Every picture of a folder of classes, as arguments of `_file_record`."""
     metadata = _folder_metadata(fs, root)
     subfolders = sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory")
     for folder in [root, *subfolders]:
-        name = posixpath.basename(folder.rstrip("/"))
-        extra = {} if folder == root else {"class": name}
-        for record in _flat_folder(fs, root, folder, deep=folder != root):
-            record.fields = extra | record.fields | metadata.get(record.source, {})
-            yield record
+        before = {} if folder == root else {"class": posixpath.basename(folder.rstrip("/"))}
+        for path, sides, row in _flat_folder(fs, folder, deep=folder != root):
+            yield path, sides, row, before, metadata.get(_relative(path, root), {})
+
+
+def _shard_files(fs: Any, root: str) -> Iterator[tuple[Any, ...]]:
+    for folder in sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory"):
+        for path, sides, row in _flat_folder(fs, folder):
+            yield path, sides, row, {}, {}
 
 
 def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
@@ -345,21 +448,28 @@ def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _flat_folder(fs: Any, root: str, folder: str, deep: bool = False) -> Iterator[Record]:
-    """The pictures of a folder (`deep`: and below), with .txt/.json/.cls files of the same stem."""
+def _flat_folder(fs: Any, folder: str, deep: bool = False) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """The pictures of a folder (`deep`: and below), with the suffixes of the side files of the same stem, and their row."""
     paths = sorted(fs.find(folder) if deep else [e["name"] for e in fs.ls(folder, detail=True) if e["type"] == "file"])
     beside = {p for p in paths if p.lower().endswith(SIDE_SUFFIXES)}
     for row, path in enumerate(p for p in paths if p.lower().endswith(IMAGE_SUFFIXES)):
         stem = posixpath.splitext(path)[0]
-        problem, fields = "", {}
-        try:
-            texts = {s: _side_file(fs, root, stem + s) for s in SIDE_SUFFIXES if stem + s in beside}
-            fields = _side_fields(texts, stem)
-        except DataError as error:
-            problem = str(error)
-        record = _picture(fs, root, path, _relative(stem, root), fields, row)
-        record.problem = record.problem or problem
-        yield record
+        yield path, tuple(s for s in SIDE_SUFFIXES if stem + s in beside), row
+
+
+def _file_record(
+    fs: Any, root: str, path: str, sides: tuple[str, ...], row: int, before: dict[str, Any], after: dict[str, Any]
+) -> Record:
+    """A picture in a file of its own; its fields are those `before`, those of its side files, those `after`."""
+    stem = posixpath.splitext(path)[0]
+    problem, fields = "", {}
+    try:
+        fields = _side_fields({s: _side_file(fs, root, stem + s) for s in sides}, stem)
+    except DataError as error:
+        problem = str(error)
+    record = _picture(fs, root, path, _relative(stem, root), before | fields | after, row)
+    record.problem = record.problem or problem
+    return record
 
 
 def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
@@ -436,7 +546,28 @@ def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarIn
     return record
 
 
-def _parquet(fs: Any, root: str, path: str, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
+def _group_blocks(fs: Any, address: str, path: str, rows: int) -> Iterator[Block]:
+    """Blocks of whole row groups. A file that cannot be understood is one block, and reading it says what is wrong."""
+    try:
+        with fs.open(path, "rb") as file:
+            meta = pq.ParquetFile(file).metadata
+            counts = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError):
+        counts = []
+    groups: list[int] = []
+    first = seen = 0
+    for number, count in enumerate(counts):
+        groups.append(number)
+        seen += count
+        if seen - first >= rows:
+            yield Block(address, "parquet", path, first, tuple(groups))
+            groups, first = [], seen
+    if groups or not counts:
+        yield Block(address, "parquet", path, first, tuple(groups))
+
+
+def _parquet(fs: Any, root: str, block: Block, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
+    path = block.path
     base = posixpath.dirname(path) if fs.isfile(root) else root
     source = _relative(path, base)
     with fs.open(path, "rb") as file:
@@ -446,12 +577,13 @@ def _parquet(fs: Any, root: str, path: str, image_column: str | None, allow_outs
             raise DataError(f"is not a Parquet file ({error})"[:200], file=path) from error
         schema = parquet.schema_arrow
         column = _image_column(schema, image_column, path)
-        row = 0
-        for number in range(parquet.num_row_groups):
+        row = block.first
+        for number in block.items or range(parquet.num_row_groups):
             size = parquet.metadata.row_group(number).total_byte_size
             if size > MAX_GROUP:
                 raise DataError(f"row group {number} holds {size} bytes, more than {MAX_GROUP}", file=path, row=row)
-        batches = parquet.iter_batches(batch_size=8)  # a few: one large value may be repeated in all rows
+        # A few at a time: one large value may be repeated in all rows.
+        batches = parquet.iter_batches(batch_size=8, row_groups=list(block.items) or None)
         while True:
             try:
                 batch = next(batches)
@@ -554,9 +686,10 @@ def _lines(text: Any, path: str, raw: Any) -> Iterator[str]:
         yield line
 
 
-def _table(fs: Any, root: str, path: str, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
-    base = posixpath.dirname(path)
-    for row, fields in _rows(fs, path):
+def _table(fs: Any, block: Block, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
+    path, base = block.path, posixpath.dirname(block.path)
+    for row, found in block.items:
+        fields = dict(found)  # a block may be read again
         column = image_column or next((c for c in _PATH_COLUMNS if c in fields), None)
         if column is None or column not in fields:
             wanted = f"no column {image_column!r}" if image_column else "no column with paths was found"

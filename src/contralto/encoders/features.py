@@ -1,4 +1,4 @@
-"""Features computed once: a cache of arrays under a fingerprint, and the pass that fills it."""
+"""Features computed once: a cache of arrays under a fingerprint, and the pass that fills it, here or on a cluster."""
 
 import copy
 import hashlib
@@ -15,13 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from contralto.encoders.pictures import PictureBlock, PictureReader
+from contralto.errors import ContraltoError
 from contralto.files import save_array, write_atomically
+from contralto.views.image import EvalView, View
 
-__all__ = ["cached_array", "encode_batches"]
+__all__ = ["EncodePictures", "cached_array", "encode_batches"]
 
 
 def cached_array(
-    folder: str | Path, name: str, key: Mapping[str, Any], compute: Callable[[], npt.NDArray[Any]]
+    folder: str | Path,
+    name: str,
+    key: Mapping[str, Any],
+    compute: Callable[[], npt.NDArray[Any] | Iterable[npt.NDArray[Any]]],
+    *,
+    rows: int | None = None,
 ) -> npt.NDArray[Any]:
     """An array that is computed once and then read from disk.
 
@@ -34,6 +42,8 @@ def cached_array(
         Everything on which the array depends, JSON-able; another key is another file.
     compute : function
         Called when there is no file, or when it cannot be read (with a warning).
+    rows : int, optional
+        `compute` gives the array in parts, which have so many rows together; they go to the disk one by one.
 
     Returns
     -------
@@ -58,10 +68,52 @@ def cached_array(
             return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
         except (ValueError, OSError) as error:
             warnings.warn(f"{path} cannot be read ({error}) and is computed again", stacklevel=2)
-    array = compute()
-    save_array(array, path)
+    computed = compute()
+    if isinstance(computed, np.ndarray):
+        save_array(computed, path)
+    else:
+        write_atomically(path, lambda part: _write_parts(computed, rows or 0, part))
     write_atomically(path.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
     return np.asanyarray(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _write_parts(parts: Iterable[npt.NDArray[Any]], rows: int, path: Path) -> None:
+    """A `.npy` file, part by part."""
+    written = 0
+    with path.open("wb") as file:
+        for part in parts:
+            if not written:
+                shape = (rows, *part.shape[1:])
+                form = {"descr": np.lib.format.dtype_to_descr(part.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, form)
+            file.write(np.ascontiguousarray(part).data)
+            written += len(part)
+    if written != rows:
+        raise ContraltoError(f"{path}: {written} of {rows} rows were computed")
+
+
+class EncodePictures:
+    """Features of pictures of a manifest, block by block: the work for `contralto.cluster.map_blocks`.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    device : str
+    root : str
+        `Manifest.root`.
+    view : View or EvalView
+        What is drawn of each picture.
+    variant : int
+        Stands for the epoch in the drawing of views.
+    """
+
+    def __init__(self, encoder: nn.Module, device: str, root: str, view: View | EvalView, variant: int = 0) -> None:
+        self.encode = _Encoding(encoder, device)
+        self.pictures = PictureReader(root, view, variant)
+
+    def __call__(self, block: PictureBlock) -> npt.NDArray[np.float16]:
+        """Features (N, D) of the pictures of a block."""
+        return self.encode(self.pictures.batches(block))
 
 
 def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str = "cpu") -> npt.NDArray[np.float16]:
@@ -84,15 +136,27 @@ def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str
     >>> encode_batches(nn.Flatten(), [torch.ones(2, 3, 1, 1)]).shape
     (2, 3)
     """
-    encoder = encoder.eval().to(device).to(memory_format=torch.channels_last)
-    rows: list[npt.NDArray[np.float16]] = []
-    with torch.inference_mode():
-        for batch in batches:
-            x = batch.to(device, memory_format=torch.channels_last)
-            if not rows:
-                encoder = _folded(encoder, x[:2])
-            rows.append(encoder(x).float().cpu().numpy().astype(np.float16))
-    return np.concatenate(rows)
+    return _Encoding(encoder, device)(batches)
+
+
+class _Encoding:
+    """An encoder on its device, folded when the first batch is there."""
+
+    def __init__(self, encoder: nn.Module, device: str) -> None:
+        self.encoder, self.device, self.is_folded = encoder.eval().to(device), device, False
+
+    def __call__(self, batches: Iterable[Tensor]) -> npt.NDArray[np.float16]:
+        rows: list[npt.NDArray[np.float16]] = []
+        with torch.inference_mode():
+            for batch in batches:
+                x = batch.to(self.device, memory_format=torch.channels_last)
+                if not self.is_folded:
+                    self.encoder, self.is_folded = (
+                        _folded(self.encoder.to(memory_format=torch.channels_last), x[:2]),
+                        True,
+                    )
+                rows.append(self.encoder(x).float().cpu().numpy().astype(np.float16))
+        return np.concatenate(rows)
 
 
 def _folded(encoder: nn.Module, x: Tensor) -> nn.Module:

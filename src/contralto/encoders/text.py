@@ -13,9 +13,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from contralto.cluster import map_blocks
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 
-__all__ = ["SentenceEncoder", "TextEncoder", "TfidfEncoder", "encode_distinct", "text_encoder"]
+__all__ = ["SentenceEncoder", "TextEncoder", "TfidfEncoder", "encode_distinct", "encode_texts", "text_encoder"]
+
+TEXTS = 8192
+"""Texts of one block; the encoder sorts within it by length."""
 
 
 class TextEncoder(Protocol):
@@ -97,6 +101,40 @@ def encode_distinct(
     rows = np.asarray(encoded[[place[text] for text in texts]], dtype=np.float32)
     rows[[not text.strip() for text in texts]] = 0.0
     return rows
+
+
+def encode_texts(encoder: TextEncoder, texts: Sequence[str], *, on: str | None = None) -> npt.NDArray[np.float32]:
+    """What an encoder says of many texts, block by block, here or on a cluster.
+
+    Parameters
+    ----------
+    encoder : TextEncoder
+        Has learnt what it must.
+    texts : sequence of str (N,)
+    on : str, optional
+        See `contralto.cluster.map_blocks`.
+
+    Returns
+    -------
+    array (N, D) float32
+
+    Examples
+    --------
+    >>> encode_texts(text_encoder("tfidf").fit(["red shoe", "blue hat"]), ["red", "hat"]).shape
+    (2, 4)
+    """
+    blocks = [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]
+    if len(blocks) <= 1:  # not worth a cluster
+        return encoder.encode(texts)
+    return np.concatenate(list(map_blocks(_EncodeTexts, blocks, on=on, setup=(encoder,))))
+
+
+class _EncodeTexts:
+    def __init__(self, encoder: TextEncoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        return self.encoder.encode(texts)
 
 
 class SentenceEncoder:

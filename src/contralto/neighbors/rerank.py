@@ -14,6 +14,7 @@ from torch import Tensor
 
 from contralto.errors import UsageError
 from contralto.neighbors.knn import knn, unit_rows
+from contralto.neighbors.streamed import knn_streamed
 
 __all__ = ["neighbour_graph", "rerank", "rerank_lists"]
 
@@ -123,7 +124,8 @@ def neighbour_graph(
     k1, k2, weight
         Of the re-ranking.
     search, seed
-        How the candidates are found, as in `contralto.neighbors.knn.knn`.
+        How the candidates are found, as in `contralto.neighbors.knn.knn`; or "streamed": by `knn_streamed`, and never are all
+        rows in memory.
 
     Returns
     -------
@@ -136,16 +138,28 @@ def neighbour_graph(
     >>> index.shape
     (6, 2)
     """
-    n = len(np.asarray(features))
+    rows = np.asarray(features)
+    n = len(rows)
+
+    def nearest(count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        if search == "streamed":
+            return knn_streamed(rows, min(count, n), seed=seed)
+        return knn(rows, min(count, n), search=search, seed=seed)
+
     if not use_rerank:
-        similarity, index = knn(features, min(k, n), search=search, seed=seed)
+        similarity, index = nearest(k)
         return index, 1 - similarity.clip(0, 1)
-    _, index = knn(features, min(candidates, n), search=search, seed=seed)
-    unit = unit_rows(features)  # only now, when the search has let go of its copies
+    _, index = nearest(candidates)
+    unit = None if search == "streamed" else unit_rows(rows)  # only now, when the search has let go of its copies
     distance = np.empty(index.shape, np.float32)
     for start in range(0, n, 2048):  # the gathered rows of a part are the largest array here
         part = slice(start, start + 2048)
-        distance[part] = rerank_lists(unit[part], unit[index[part]], k1=k1, k2=k2, weight=weight)
+        if unit is None:
+            needed, place = np.unique(index[part], return_inverse=True)  # sorted: read in the order of the file
+            own, lists = unit_rows(rows[part]), unit_rows(rows[needed])[place.reshape(index[part].shape)]
+        else:
+            own, lists = unit[part], unit[index[part]]
+        distance[part] = rerank_lists(own, lists, k1=k1, k2=k2, weight=weight)
     order = np.argsort(distance, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(index, order, 1), np.take_along_axis(distance, order, 1)
 

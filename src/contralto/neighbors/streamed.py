@@ -5,6 +5,8 @@ neighbours as are wanted; their rows are read again and ranked by their true cos
 that the index did not propose.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy.typing as npt
 from contralto.errors import UsageError
 from contralto.neighbors.knn import unit_rows
 
-__all__ = ["default_index", "knn_streamed"]
+__all__ = ["default_index", "fits_memory", "knn_streamed"]
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +31,24 @@ def default_index(n: int, dim: int) -> str:
     cells = max(1, min(round(4 * n**0.5), n // 39))
     slices = next(dim // width for width in (4, 5, 6, 8, 3, 2, 1) if dim % width == 0)
     return f"IVF{cells},PQ{slices}"
+
+
+def fits_memory(n: int, dim: int) -> bool:
+    """Whether neighbours of so many rows can be found with all rows in memory.
+
+    The exact search takes up to three copies in single precision, and half of the memory of the machine (or of its container) is
+    for them. What other programs take at the moment does not count: the same machine gives the same answer.
+
+    Examples
+    --------
+    >>> fits_memory(1000, 1280), fits_memory(10**12, 1280)
+    (True, False)
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (told := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(told))
+    return 3 * 4 * n * dim <= memory / 2
 
 
 def knn_streamed(

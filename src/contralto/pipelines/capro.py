@@ -23,11 +23,12 @@ from contralto.data.definitions import ClassText, class_text
 from contralto.data.text import clean_texts, drop_even_words, words_of
 from contralto.encoders.features import cached_array
 from contralto.encoders.image import ImageEncoder, image_encoder
-from contralto.encoders.text import encode_distinct, text_encoder
+from contralto.encoders.text import encode_distinct, encode_texts, text_encoder
 from contralto.files import write_atomically
 from contralto.neighbors.graph import Edge, Normalisation, adjacency, smooth
 from contralto.neighbors.matching import Match, Matching, match_texts, select_anchors
 from contralto.neighbors.rerank import neighbour_graph
+from contralto.neighbors.streamed import fits_memory
 from contralto.pipelines.job import Array, Job, load_preset
 from contralto.prototypes.correction import Correction, correct_labels
 from contralto.systems.webly.base import WeblySystem
@@ -91,6 +92,7 @@ def fit_capro(
     seed: int = 1024,
     cache: str | Path | None = None,
     checkpoint_every: int = 1000,
+    on: str | None = None,
     progress: bool = True,
     **system: Any,
 ) -> Path:
@@ -150,6 +152,9 @@ def fit_capro(
         Folder for features, shared between runs; default: `features` in the run folder.
     checkpoint_every : int
         Steps between checkpoints, and so the most that a killed run trains again; it may change when a run goes on.
+    on : str, optional
+        Where the passes over all pictures run: None is this process, "ray" or "ray://host:port" a cluster
+        (`contralto.cluster.map_blocks`). It changes no result, and may change when a run goes on. Training stays here.
     progress : bool
         Show what is going on.
     **system
@@ -252,7 +257,7 @@ class CAProJob(Job):
                 "encoder": encoder.fingerprint(),
                 "texts": hashlib.sha256(json.dumps(different).encode()).hexdigest(),
             }
-            return cached_array(self.cache, "text", key, lambda: encoder.encode(different))
+            return cached_array(self.cache, "text", key, lambda: encode_texts(encoder, different, on=a["on"]))
 
         own, class_rows = encode_distinct(texts, encode), encoder.encode(classes)
         rows = own
@@ -337,11 +342,15 @@ class CAProJob(Job):
             "image_size": a["image_size"], "crop": a["crop"],
             **{k: a[k] for k in ("neighbours", "kept_neighbours", "use_rerank", "k1", "k2", "rerank_weight")},
         }  # fmt: skip
+        search = "exact" if fits_memory(*features.shape) else "streamed"
+        if search == "streamed":
+            key["search"] = search
+            self.console.print(f"  {len(features)} rows do not fit into memory: neighbours by a compressed index")
 
         def compute() -> Array:
             index, distance = neighbour_graph(
                 features, candidates=a["neighbours"], k=a["kept_neighbours"], use_rerank=a["use_rerank"], k1=a["k1"],
-                k2=a["k2"], weight=a["rerank_weight"],
+                k2=a["k2"], weight=a["rerank_weight"], search=search,
             )  # fmt: skip
             return np.stack([index.astype(np.float64), distance.astype(np.float64)])
 

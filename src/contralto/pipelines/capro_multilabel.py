@@ -81,6 +81,7 @@ def fit_capro_multilabel(
     seed: int = 1024,
     cache: str | Path | None = None,
     checkpoint_every: int = 1000,
+    on: str | None = None,
     progress: bool = True,
     **system: Any,
 ) -> Path:
@@ -114,7 +115,7 @@ def fit_capro_multilabel(
     batch_size : int
     sample_weights : {"frequency", "none"}
         CAPro 5M: the largest n_c / median(n) of a picture's labels.
-    baseline, workers, accelerator, devices, precision, strategy, seed, cache, checkpoint_every, progress
+    baseline, workers, accelerator, devices, precision, strategy, seed, cache, checkpoint_every, on, progress
         As of `fit_capro`.
     **system
         Arguments of `CAProMultiLabel`: epochs, rates, thresholds.

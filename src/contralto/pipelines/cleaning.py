@@ -33,7 +33,7 @@ from contralto.data.definitions import ClassText, fill_definitions, load_definit
 from contralto.data.definitions import class_text as text_of_class
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
-from contralto.encoders.text import encode_distinct
+from contralto.encoders.text import encode_distinct, encode_texts
 from contralto.encoders.text import text_encoder as make_text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
@@ -84,6 +84,7 @@ def clean_with_model(
     neighbours: int = 20,
     kept_neighbours: int = 5,
     seed: int = 0,
+    on: str | None = None,
     progress: bool = True,
 ) -> pa.Table:
     """Say which web labels are wrong, from the outputs of a model that you have.
@@ -128,6 +129,8 @@ def clean_with_model(
         Similar pictures that vote, and how many of them, after re-ranking, lend each other their texts for `text_match`.
     seed : int
         Deals pictures to folds.
+    on : str, optional
+        Where pictures are read and texts encoded: see `contralto.cluster.map_blocks`.
     progress : bool
         Say what is going on, on the standard error.
 
@@ -192,7 +195,12 @@ def clean_with_model(
         "image_column": image_column, "label_column": label_column, "text_column": text_column, "id_column": id_column,
         "split_column": split_column, "clean_column": clean_column, "group_column": group_column,
     }  # fmt: skip
-    options: dict[str, Any] = {"blank_share": blank_share, "min_side": min_side, "allow_outside": allow_outside}
+    options: dict[str, Any] = {
+        "blank_share": blank_share,
+        "min_side": min_side,
+        "allow_outside": allow_outside,
+        "on": on,
+    }
     pictures = _read(str(data), definitions, columns, options)
     names = pictures.manifest.class_names
     console.print(
@@ -208,7 +216,7 @@ def clean_with_model(
         )
     matching: Matching | None = None
     if method == "witnesses":
-        texts = _Texts.encoded(pictures, text_encoder, class_text)
+        texts = _Texts.encoded(pictures, text_encoder, class_text, on)
         count = scale_rule(len(pictures.rows), len(names))["anchors"] if anchors is None else anchors
         matching = _matching(texts, features, pictures.labels, neighbours, kept_neighbours)
         judged = _judge(pictures, texts, matching, given_probs, features, count, alpha, neighbours, seed)
@@ -346,7 +354,7 @@ class _Texts:
     classes: npt.NDArray[np.float32]
 
     @classmethod
-    def encoded(cls, pictures: _Pictures, name: str, form: ClassText) -> "_Texts":
+    def encoded(cls, pictures: _Pictures, name: str, form: ClassText, on: str | None) -> "_Texts":
         all_texts = pictures.manifest.texts
         texts = [all_texts[i] for i in pictures.rows]
         classes = [text_of_class(c, form) for c in pictures.manifest.classes]
@@ -354,7 +362,8 @@ class _Texts:
         if not different:
             return cls(texts, np.zeros((len(texts), 1), np.float32), np.zeros((len(classes), 1), np.float32))
         encoder = make_text_encoder(name).fit([*different, *classes])
-        return cls(texts, encode_distinct(texts, encoder.encode), encoder.encode(classes))
+        rows = encode_distinct(texts, lambda different: encode_texts(encoder, different, on=on))
+        return cls(texts, rows, encoder.encode(classes))
 
 
 # How it is judged.

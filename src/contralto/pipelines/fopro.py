@@ -59,6 +59,7 @@ def fit_fopro(
     seed: int = 1024,
     cache: str | Path | None = None,
     checkpoint_every: int = 1000,
+    on: str | None = None,
     progress: bool = True,
     **system: Any,
 ) -> Path:
@@ -103,6 +104,8 @@ def fit_fopro(
         Folder for features, shared between runs; default: `features` in the run folder.
     checkpoint_every : int
         Steps between checkpoints, and so the most that a killed run trains again; it may change when a run goes on.
+    on : str, optional
+        Where the passes over all pictures run, as of `fit_capro`.
     progress : bool
         Show what is going on.
     **system

@@ -11,7 +11,7 @@ import inspect
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata, resources
@@ -29,14 +29,16 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from contralto.cluster import has_gpus, map_blocks
 from contralto.data.dataset import Batch, EpochSampler, FeatureDataset, ImageDataset
 from contralto.data.definitions import fill_definitions, load_definitions
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.verified import UNKNOWN, read_reviewed
-from contralto.encoders.features import cached_array, encode_batches
+from contralto.encoders.features import EncodePictures, cached_array
 from contralto.encoders.image import ImageEncoder, image_encoder
+from contralto.encoders.pictures import PictureBlock, PictureReader, picture_blocks
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
@@ -48,11 +50,11 @@ from contralto.systems.registry import SYSTEMS
 from contralto.systems.webly.base import WeblySystem, scale_rule
 from contralto.systems.webly.model import WebClassifier
 from contralto.training.fit import fit_stage
-from contralto.views.image import EvalView, View, draw_views, strong_view, view_generator, weak_view
+from contralto.views.image import EvalView, View, strong_view, weak_view
 
 __all__ = ["Job", "load_preset", "presets_of"]
 
-FREE = ("checkpoint_every",)
+FREE = ("checkpoint_every", "on")
 """Arguments on which no result depends: a run may go on with other ones."""
 Array = npt.NDArray[Any]
 
@@ -233,7 +235,8 @@ class Job:
                         workers=a["workers"],
                         allow_outside=a["allow_outside"],
                         multilabel=self.multilabel,
-                        progress=lambda n: status.update(f"{n} pictures read") if n % 100 == 0 else None,
+                        on=a["on"],
+                        progress=lambda n: status.update(f"{n} pictures read"),
                     )
                 filled, _ = fill_definitions(manifest.classes)
                 part = folder.with_name(".manifest.part")
@@ -329,24 +332,25 @@ class Job:
             "rows": hashlib.sha256(rows.tobytes()).hexdigest(), "data": self.manifest.fingerprint(),
         }  # fmt: skip
 
-        def compute() -> Array:
-            dataset = _Pictures(self.read_bytes, rows, view, 0, variant)
-            loader = DataLoader(dataset, batch_size=64, num_workers=0)
-            batches = track(
-                loader,
+        def compute() -> Iterable[Array]:
+            blocks = picture_blocks(self.manifest, rows)
+            setup = (encoder, self._device(), self.manifest.root, view, variant)
+            gpu = self._device() == "cuda"
+            return track(
+                map_blocks(EncodePictures, blocks, on=self.arguments["on"], setup=setup, gpu=gpu),
                 f"  {told}",
                 console=self.console,
                 transient=True,
                 disable=not (self.progress and self.console.is_terminal),
-                total=len(loader),
+                total=len(blocks),
             )
-            return encode_batches(encoder, batches, device=self._device())
 
-        return cached_array(self.cache, "image", key, compute)
+        return cached_array(self.cache, "image", key, compute, rows=len(rows))
 
     def _device(self) -> str:
-        wanted = self.arguments["accelerator"]
-        if wanted in ("gpu", "cuda") or (wanted == "auto" and torch.cuda.is_available()):
+        wanted, on = self.arguments["accelerator"], self.arguments["on"]
+        there = torch.cuda.is_available() if on is None else has_gpus(on)
+        if wanted in ("gpu", "cuda") or (wanted == "auto" and there):
             return "cuda"
         return "mps" if wanted == "mps" else "cpu"
 
@@ -460,12 +464,14 @@ class Job:
         """Evaluation view (or its features) and given labels of some training rows."""
         view, frozen = self._views(encoder)[0], self.arguments["frozen_features"]
         features = self.features(encoder, self.train_rows, view, 0, "eval view") if frozen else None
+        pictures = PictureReader(self.manifest.root, view)
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
             if features is not None:
                 x = torch.from_numpy(features[part].astype(np.float32))
             else:
-                x = torch.stack([_Pictures(self.read_bytes, self.train_rows, view, 0, 0)[int(i)] for i in part])
+                block = PictureBlock(self.train_rows[part], self.manifest.places(self.train_rows[part]))
+                x = next(pictures.batches(block, len(part)))
             more = {k: torch.from_numpy(np.ascontiguousarray(v[part])) for k, v in self._more(self.judging).items()}
             yield more | {"views": [x], "label": torch.from_numpy(self.targets[part]), "index": torch.from_numpy(part)}
 
@@ -473,13 +479,32 @@ class Job:
 
     def scores(self) -> dict[str, Array]:
         """Scores of the training pictures: `classifier`, `auxiliary`, `prototype`, `fused` (N, C), `embedding` (N, dim)."""
-        module = self.modules[self.judging].eval().cpu()
-        encoder = self.encoder()
+        module, encoder = self.modules[self.judging].eval().cpu(), self.encoder()
+        if not self.arguments["frozen_features"]:
+            more = self._more(self.judging).get("text_scores")
+            return self._ask("score", module, encoder, self.train_rows, more)
         parts: dict[str, list[Tensor]] = {}
         for batch in self._eval_batches(encoder, np.arange(len(self.labels))):
             for key, value in module.score(batch["views"][0], batch.get("text_scores")).items():
                 parts.setdefault(key, []).append(value)
         return {k: torch.cat(v).numpy() for k, v in parts.items()}
+
+    def _ask(
+        self, method: str, module: Any, encoder: ImageEncoder, rows: Array, more: Array | None = None
+    ) -> dict[str, Array]:
+        """What a method of a module says of some pictures of the manifest, here or on a cluster; `more` is its second input."""
+        module.anchor_batches = None  # needed in training only, and no worker can have it
+        blocks = picture_blocks(self.manifest, rows)
+        starts = np.cumsum([0, *map(len, blocks)])
+        inputs = [(b, None if more is None else more[s : s + len(b)]) for b, s in zip(blocks, starts, strict=False)]
+        device = self._device()
+        setup = (module, method, device, self.manifest.root, self._views(encoder)[0])
+        answers = map_blocks(_Ask, inputs, on=self.arguments["on"], setup=setup, gpu=device == "cuda")
+        parts: dict[str, list[Array]] = {}
+        for answer in answers:
+            for key, value in answer.items():
+                parts.setdefault(key, []).append(value)
+        return {k: np.concatenate(v) for k, v in parts.items()}
 
     def judge(self, scores: dict[str, Array]) -> Correction:
         """The verdict on every label, and the new labels, from `scores`."""
@@ -664,9 +689,7 @@ class Job:
             features = self.features(encoder, rows, view, 0, "test view")
             with torch.inference_mode():
                 return np.asarray(module(torch.from_numpy(features.astype(np.float32))).numpy())
-        dataset = _Pictures(self.read_bytes, rows, view, 0, 0)
-        with torch.inference_mode():
-            return np.asarray(torch.cat([module(x) for x in DataLoader(dataset, batch_size=64)]).numpy())
+        return self._ask("forward", module, encoder, rows)["forward"]
 
     def report(self) -> Path:
         """Write `report.html`."""
@@ -696,21 +719,25 @@ def _intervals(correct: Array, labels: Array, groups: Array) -> dict[str, float]
     return out
 
 
-class _Pictures(torch.utils.data.Dataset[Tensor]):
-    """One view of some rows, for encoding; `variant` stands for the epoch in the drawing of views."""
+class _Ask:
+    """What a method of a module says of the pictures of a block; the work for `map_blocks`."""
 
-    def __init__(
-        self, read: Callable[[int], bytes], rows: Array, view: View | EvalView, seed: int, variant: int
-    ) -> None:
-        self.read, self.rows, self.view, self.seed, self.variant = read, rows, view, seed, variant
+    def __init__(self, module: Any, method: str, device: str, root: str, view: EvalView) -> None:
+        self.module, self.method, self.device = module.eval().to(device), method, device
+        self.pictures = PictureReader(root, view)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Tensor:
-        row = int(self.rows[i])
-        generator = view_generator(self.seed, self.variant, row, int(isinstance(self.view, View)))
-        return draw_views(self.read(row), [self.view], [generator])[0]
+    def __call__(self, item: tuple[PictureBlock, Array | None]) -> dict[str, Array]:
+        block, more = item
+        parts: dict[str, list[Array]] = {}
+        start = 0
+        with torch.inference_mode():
+            for x in self.pictures.batches(block, 256):
+                rows = () if more is None else (torch.from_numpy(more[start : start + len(x)]).to(self.device),)
+                answer = getattr(self.module, self.method)(x.to(self.device), *rows)
+                for key, value in (answer if isinstance(answer, dict) else {self.method: answer}).items():
+                    parts.setdefault(key, []).append(value.cpu().numpy())
+                start += len(x)
+        return {k: np.concatenate(v) for k, v in parts.items()}
 
 
 def _as_it_is(batch: Any) -> Any:
