@@ -53,7 +53,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 """Changes to the `small` preset."""
 GRID = (0.0003, 0.001, 0.003)
-RATES: dict[str, float] = {"web + shots": 0.0003, "no prototypes": 0.003, "fopro": 0.003}
+RATES: dict[str, float] = {"web + shots": 0.001, "no prototypes": 0.001, "fopro": 0.003}
 """Learning rate of every arm, the outcome of `choose_rates`."""
 DEVELOPMENT_SEED = 100
 WEB, FOREIGN, TEST, HELD = 2500, 250, 2000, 500
