@@ -4,7 +4,7 @@
 
 Photographs are mosaics of CamVid frames, 500 x 375 at quality 88 (as in reading.py), in tars of 250 with a class and a title of
 fashion_web each. Every measurement is a process of its own with one thread per worker, so that the milliseconds of a core can
-be scaled to more of them. `here` is one process, `ray` is `ray.init(num_cpus=2)`, whose start is not counted but told (`start_s`).
+be scaled to more of them. `here` is one process, `ray` is `ray.init(num_cpus=2)`; its start (`start_s`) is not counted.
 
 - ingest: read, decode, filter, hash, manifest. features: read, decode, EfficientNet-Lite0 at 96 px, one view. predict: read,
   decode, the model of a run with the same encoder. texts: MiniLM over the titles.
