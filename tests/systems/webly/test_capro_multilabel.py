@@ -99,6 +99,17 @@ def test_prototypes_start_from_the_anchors_of_both_sides_in_the_space_of_their_c
     assert system.training
 
 
+def test_votes_of_keys_are_their_scores_by_the_auxiliary_classifier():
+    torch.manual_seed(0)
+    system = CAProMultiLabel(nn.Linear(6, 8), 3, 8, hidden=7, dim=4, queue_size=700, alpha=0.3).double()
+    system.prototypes.copy_(nn.functional.normalize(torch.randn(3, 2, 4), dim=2))
+    keys = nn.functional.normalize(torch.randn(700, 4, dtype=torch.float64), dim=1)
+    each = system.in_spaces(keys)
+    auxiliary = (each * system.auxiliary.weight).sum(2).sigmoid()
+    near = (torch.einsum("bcd,cpd->bcp", each, system.prototypes) / 0.1).softmax(2)[..., 1]
+    close(system._votes(keys), 0.3 * auxiliary + 0.7 * near)
+
+
 def test_weights_of_positives_and_wrong_arguments():
     labels = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 0], [0, 0]])
     torch.testing.assert_close(positive_weights(labels), torch.tensor([(3 / 2) ** 0.5, 2.0]))

@@ -214,7 +214,7 @@ class CAProMultiLabel(StagedCAPro):
 
     @torch.no_grad()
     def _positive_scores(self, logits: Tensor, each: Tensor, prototypes: Tensor) -> Tensor:
-        """The scores r+ of CAPro 5M.2, (B, C); with the auxiliary logits, the votes of 5M.4."""
+        """The scores r+ of CAPro 5M.2, (B, C)."""
         alpha = self.arguments.alpha
         near = self._prototype_logits(each, prototypes).softmax(2)[..., 1]
         scores: Tensor = alpha * logits.sigmoid() + (1 - alpha) * near
@@ -223,11 +223,26 @@ class CAProMultiLabel(StagedCAPro):
     @torch.no_grad()
     def _bootstrap(self, z: Tensor) -> Tensor:
         keys = self.queue.read().to(z.dtype)
+        return (bootstrapping_weights(z, keys) @ self._votes(keys)).clamp(0, 1)
+
+    def _votes(self, keys: Tensor) -> Tensor:
+        """Votes (Q, C) of keys for 5M.4: the scores of 5M.2, with the auxiliary classifier in place of the classifier.
+
+        Both sides of a score are linear in the embedding before it is scaled to length one, so of the embeddings in the spaces
+        only the lengths are worked out; a softmax over two prototypes is the sigmoid of a difference.
+        """
+        alpha, (classes, dim) = self.arguments.alpha, self.offsets.shape
+        apart = (self.prototypes[:, 1] - self.prototypes[:, 0]).to(keys.dtype) / self.arguments.temperature
+        asked = torch.stack([self.auxiliary.weight, apart], 1)  # (C, 2, d)
+        slope = torch.einsum("cpe,ced->cpd", asked, self.spaces).flatten(0, 1)
+        start = torch.einsum("cpe,ce->cp", asked, self.offsets).flatten()
         votes = []
-        for part in keys.split(256):  # Q x C x d numbers at once are slow to allocate, and many in a large queue
-            each = self.in_spaces(part)
-            votes.append(self._positive_scores(self._auxiliary_logits(each), each, self.prototypes))
-        return (bootstrapping_weights(z, keys) @ torch.cat(votes)).clamp(0, 1)
+        for part in keys.split(256):  # Q x C x d numbers at once are slow to allocate
+            each = torch.addmm(self.offsets.flatten(), part, self.spaces.flatten(0, 1).T).view(-1, classes, dim)
+            answers = torch.addmm(start, part, slope.T).view(-1, classes, 2)
+            answers = (answers / each.norm(dim=2, keepdim=True).clamp_min(1e-12)).sigmoid()
+            votes.append(alpha * answers[..., 0] + (1 - alpha) * answers[..., 1])
+        return torch.cat(votes)
 
     def _binary(self, logits: Tensor, label: Tensor) -> Tensor:
         weight = self.positive_weight.to(logits.dtype)
