@@ -107,8 +107,8 @@ def clean_with_model(
     method : {"witnesses", "confident", "knn"}
         "witnesses" is described above. "confident" is confident learning by cleanlab, on `probs` or else on out-of-fold
         probabilities of a logistic regression on `embeddings`; what it flags gets the label that they name. "knn" is the vote
-        of the `neighbours` most similar pictures, by `embeddings`. Neither of these two looks at texts, or has anchors, or says
-        what is off-topic. When to use which: docs/noisy_labels.md.
+        of the `neighbours` most similar pictures, by `embeddings`: a label that has `threshold` of it corrects. Neither of
+        the two looks at texts, has anchors, or says what is off-topic. When to use which: docs/noisy_labels.md.
     definitions : path, optional
         Definitions file (`contralto.data.definitions`); missing definitions come from dictionaries at hand.
     image_column, label_column, text_column, id_column, split_column, clean_column, group_column : str, optional
@@ -224,7 +224,7 @@ def clean_with_model(
             console.print("the texts say too little about the labels and are left out")
         verdict, new = _verdicts(judged, pictures.labels, threshold, keep_threshold)
     else:
-        judged, new = _judge_by(method, pictures, given_probs, features, neighbours, seed)
+        judged, new = _judge_by(method, pictures, given_probs, features, threshold, neighbours, seed)
         verdict = np.where(new != pictures.labels, Verdict.CORRECTED, Verdict.KEPT)
     table = _table(pictures, judged, matching, verdict, new)
     out.mkdir(parents=True, exist_ok=True)
@@ -447,7 +447,13 @@ def _judge_without_texts(
 
 
 def _judge_by(
-    method: Method, pictures: _Pictures, probs: Array | None, features: Array | None, neighbours: int, seed: int
+    method: Method,
+    pictures: _Pictures,
+    probs: Array | None,
+    features: Array | None,
+    threshold: float,
+    neighbours: int,
+    seed: int,
 ) -> tuple[_Judged, Array]:
     """What other methods than the witnesses say, and the new labels."""
     labels, classes = pictures.labels, len(pictures.manifest.classes)
@@ -457,7 +463,7 @@ def _judge_by(
             "neighbours",
             neighbour_vote(features, np.eye(classes)[labels], neighbours, copies=pictures.copies),
         )
-        p_wrong, new = by_neighbours(scores, labels)
+        p_wrong, new = by_neighbours(scores, labels, threshold)
     else:
         if probs is None:
             assert features is not None

@@ -54,8 +54,10 @@ def by_confidence(probs: Array, labels: npt.NDArray[np.int64]) -> tuple[Array, n
     return np.asarray(p_wrong), np.where(wrong, probs.argmax(1), labels)
 
 
-def by_neighbours(vote: Array, labels: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int64]]:
-    """Majority of the vote of `contralto.neighbors.vote.neighbour_vote`; the given label stays where none has more.
+def by_neighbours(
+    vote: Array, labels: npt.NDArray[np.int64], threshold: float = 0.6
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """The vote of `contralto.neighbors.vote.neighbour_vote`: a label is corrected where another one has a clear majority.
 
     Parameters
     ----------
@@ -63,6 +65,8 @@ def by_neighbours(vote: Array, labels: npt.NDArray[np.int64]) -> tuple[Array, np
         Rows sum to 1.
     labels : array (N,)
         Given labels.
+    threshold : float
+        Share of the vote that another label needs.
 
     Returns
     -------
@@ -72,8 +76,8 @@ def by_neighbours(vote: Array, labels: npt.NDArray[np.int64]) -> tuple[Array, np
 
     Examples
     --------
-    >>> by_neighbours(np.array([[0.5, 0.5], [0.2, 0.8]]), np.array([1, 0]))[1].tolist()
-    [1, 1]
+    >>> by_neighbours(np.array([[0.5, 0.5], [0.4, 0.6], [0.45, 0.55]]), np.array([1, 0, 0]))[1].tolist()
+    [1, 1, 0]
     """
     own = vote[np.arange(len(labels)), labels]
-    return 1 - own, np.where(vote.max(1) > own, vote.argmax(1), labels)
+    return 1 - own, np.where(vote.max(1) >= threshold, vote.argmax(1), labels)
