@@ -1,6 +1,7 @@
 """Passes over a collection on a local Ray cluster of two workers: the same as here, also when workers die and stores fail."""
 
 import os
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,12 @@ from contralto.data.ingest import ingest
 from contralto.data.sources import find_blocks, read_records
 from contralto.encoders.text import encode_texts, text_encoder
 from contralto.errors import ContraltoError, DataError, MissingExtraError, UsageError
+from contralto.pipelines.applying import apply_model
 from contralto.pipelines.capro import fit_capro
+from contralto.systems.webly.model import WebClassifier
 
 from tests.data.test_sources import FORMS, ROWS, add, as_parquet, banner, blank
-from tests.runs import assert_same
-from tests.tiny import FROZEN, TINY
+from tests.tiny import TINY
 from tests.working import Dying, dying, fail, open_shop
 
 ray = pytest.importorskip("ray")
@@ -153,6 +155,13 @@ def test_errors_of_ours_come_back_as_they_were_and_others_are_told(two_workers):
         list(map_blocks(fail, [4], on="ray"))
 
 
+def test_from_the_far_end_of_a_connection_ray_data_runs_on_the_cluster(two_workers, monkeypatch):
+    monkeypatch.setattr(ray.util.client.ray, "is_connected", lambda: True)
+    assert list(map_blocks(abs, range(-3, 3), on="ray")) == [3, 2, 1, 0, 1, 2]
+    with pytest.raises(DataError, match=r"a\.csv, row 7: is no good"):
+        list(map_blocks(fail, range(5), on="ray"))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("data.jsonl", '{"path": "a.png"}\nnot json'), ("data.parquet", "PAR1 not really"), ("data.tar", "x")],
@@ -175,25 +184,40 @@ def test_texts_in_blocks(two_workers, monkeypatch):
     assert np.array_equal(encode_texts(encoder, texts, on="ray"), encoder.encode(texts))
 
 
-@pytest.mark.parametrize("arguments", [TINY | {"epochs": 2}, FROZEN | {"epochs": 2}], ids=["trained", "frozen"])
-def test_a_job_on_a_cluster_is_the_job_here(two_workers, tiny_parquet, tmp_path, monkeypatch, arguments):
-    monkeypatch.setattr("contralto.data.sources.BLOCK_ROWS", 20)
-    monkeypatch.setattr("contralto.encoders.pictures.BLOCK", 16)
-    call = {"definitions": tiny_parquet.with_name("classes.yaml"), **arguments}
+@pytest.mark.slow
+def test_the_passes_of_a_job_on_a_cluster_are_those_here(two_workers, tiny_parquet, tmp_path, monkeypatch):
+    """A run whose trainings are done, but nothing that is computed over all pictures: on a cluster it becomes the same again."""
+    monkeypatch.setattr("contralto.encoders.pictures.BLOCK", 32)
+    call = {"definitions": tiny_parquet.with_name("classes.yaml"), **TINY, "epochs": 2, "baseline": False}
     here = fit_capro(str(tiny_parquet), tmp_path / "here", **call)
-    there = fit_capro(str(tiny_parquet), tmp_path / "there", on="ray", **call)
-    assert_same(here, there)
-    for name in ("manifest/manifest.parquet", "test_predictions.parquet", "embedding.npy"):
-        assert (here / name).read_bytes() == (there / name).read_bytes()
-    files = [sorted((run / "features").glob("*.npy")) for run in (here, there)]
-    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
-    for word in ("predict", "embed"):
-        outs = [tmp_path / f"{word}{i}.parquet" for i in range(2)]
-        assert main([word, str(here), str(tiny_parquet), "--out", str(outs[0])]) == 0
-        assert main([word, str(here), str(tiny_parquet), "--out", str(outs[1]), "--on", "ray"]) == 0
-        assert outs[0].read_bytes() == outs[1].read_bytes()
-        assert pq.read_metadata(outs[0]).num_rows == 66
-    assert fit_capro(str(tiny_parquet), there, **call) == there  # `on` may change when a run goes on
+    there = tmp_path / "there"
+    shutil.copytree(here, there)
+    made = ["test_predictions.parquet", "embedding.npy", "cleaned.parquet"]
+    made += [str(f.relative_to(here)) for f in (here / "features").glob("*.npy")]
+    for name in made:
+        (there / name).unlink()
+    shutil.rmtree(there / "manifest")
+    assert fit_capro(str(tiny_parquet), there, on="ray", **call) == there
+    assert len(made) >= 6
+    for name in [*made, "manifest/manifest.parquet"]:
+        assert (here / name).read_bytes() == (there / name).read_bytes(), name
+    assert fit_capro(str(tiny_parquet), there, **call) == there  # where it runs may change when a run goes on
+
+
+@pytest.mark.parametrize("task", ["predict", "embed"])
+def test_a_model_over_a_collection_on_a_cluster_and_here(two_workers, tmp_path, monkeypatch, task):
+    monkeypatch.setattr("contralto.data.sources.BLOCK_ROWS", 5)
+    config = {
+        "encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
+        "classes": ["red", "green", "blue"], "hidden": 16, "dim": 8, "temperature": 0.1,
+    }  # fmt: skip
+    root, model, outs = with_faults("folder", tmp_path / "data"), WebClassifier(config).eval(), []
+    for on in (None, "ray"):
+        outs.append(tmp_path / f"{on}.parquet")
+        applied = apply_model(model, str(root), outs[-1], task=task, on=on)
+        assert (applied.n, [name for name, _ in applied.skipped]) == (15, ["green/cut", "green/empty", "green/html"])
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert pq.read_metadata(outs[0]).num_rows == 15
 
 
 def test_a_list_on_a_cluster_is_the_list_here(two_workers, tiny_parquet, tmp_path):

@@ -77,14 +77,15 @@ def _connected(on: str) -> Any:
     if on != "ray" and not on.startswith("ray://"):
         raise UsageError(f'on must be "ray" or "ray://host:port", got {on!r}')
     try:
-        import ray
-        import ray.data
+        ray = _ray()
     except ImportError as error:
         raise MissingExtraError("--on ray", extra="ray") from error
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports to nobody
         try:
             ray.init(address=None if on == "ray" else on, logging_level=logging.WARNING)
+        except ValueError as error:  # of Ray Client, where grpc is not there
+            raise MissingExtraError(f"--on {on}", extra="ray") from error
         except (ConnectionError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {on}: {error}") from error
     return ray
@@ -96,6 +97,14 @@ class _AgainError(Exception):
     def __init__(self, told: str, error: ContraltoError | None = None) -> None:
         super().__init__(told, error)
         self.error = error
+
+
+def _ray() -> Any:
+    """Imported late: most have no cluster."""
+    import ray
+    import ray.data
+
+    return ray
 
 
 class _Raised:
@@ -133,6 +142,20 @@ def _on_ray(
     items = [cloudpickle.dumps(block) for block in blocks]
     if not items:
         return
+    deal = _deal_from_there if ray.util.client.ray.is_connected() else _deal
+    try:
+        for result in deal(items, work, setup, gpu):
+            value = cloudpickle.loads(result)
+            if isinstance(value, _Raised):
+                raise value.error
+            yield value
+    except ray.exceptions.RayError as error:
+        raise _own(error) from error
+
+
+def _deal(items: list[bytes], work: Callable[..., Any], setup: tuple[Any, ...] | None, gpu: bool) -> Iterator[bytes]:
+    """Have Ray Data work on all blocks; the results in order."""
+    ray = _ray()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
@@ -152,14 +175,26 @@ def _on_ray(
                 num_cpus=0 if gpu else 1,
                 num_gpus=1 if gpu else 0,
             )
-    try:
-        for row in done.iter_rows():
-            value = cloudpickle.loads(row["item"])
-            if isinstance(value, _Raised):
-                raise value.error
-            yield value
-    except ray.exceptions.RayError as error:
-        raise _own(error) from error
+    for row in done.iter_rows():
+        yield row["item"]
+
+
+def _deal_from_there(*arguments: Any) -> Iterator[bytes]:
+    """`_deal` on the cluster itself: Ray Data does not run at the far end of a `ray://` connection."""
+    ray = _ray()
+    dealer = ray.remote(num_cpus=0)(_Dealer).remote(*arguments)
+    coming = dealer.next.remote()
+    while (result := ray.get(coming)) is not None:
+        coming = dealer.next.remote()  # on its way while the caller has the one before
+        yield result
+
+
+class _Dealer:
+    def __init__(self, *arguments: Any) -> None:
+        self.results = _deal(*arguments)
+
+    def next(self) -> bytes | None:
+        return next(self.results, None)
 
 
 def _own(error: Any) -> ContraltoError:
@@ -167,4 +202,5 @@ def _own(error: Any) -> ContraltoError:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, _AgainError) and cause.error is not None:
         return cause.error
-    return ContraltoError(f"a worker of the Ray cluster failed with {type(cause).__name__}: {cause}"[:2000])
+    told = str(cause).strip().partition("\n")[0]
+    return ContraltoError(f"a worker of the Ray cluster failed with {type(cause).__name__}: {told}")

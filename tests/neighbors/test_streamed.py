@@ -1,11 +1,20 @@
 """Neighbours past memory: exact cosines, nearly all of the true neighbours, never all rows at once."""
 
+import json
+import os
+from functools import partial
+
 import numpy as np
 import pytest
 
 from contralto.errors import UsageError
+from contralto.neighbors import rerank
 from contralto.neighbors.knn import knn
-from contralto.neighbors.streamed import default_index, knn_streamed
+from contralto.neighbors.rerank import neighbour_graph
+from contralto.neighbors.streamed import default_index, fits_memory, knn_streamed
+from contralto.pipelines import capro
+
+from tests.tiny import FROZEN
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +72,39 @@ def test_rows_are_read_in_blocks(clustered):
     assert watched.most == 900  # the sample; a block of 100 and its 8 candidates each are at most as many
     _, same = knn_streamed(clustered, 4, block=3000, sample=900, candidates=2, index="IVF10,PQ8")
     assert (index == same).all()
+
+
+@pytest.mark.parametrize("use_rerank", [True, False])
+def test_the_graph_of_streamed_neighbours_is_the_exact_one_where_the_index_loses_nothing(
+    clustered, monkeypatch, use_rerank
+):
+    monkeypatch.setattr(rerank, "knn_streamed", partial(knn_streamed, index="Flat", sample=900, block=100))
+    watched, how = Watched(clustered), {"candidates": 10, "k": 4, "use_rerank": use_rerank}
+    index, distance = neighbour_graph(watched, search="streamed", **how)
+    assert watched.most < 3000
+    exact, length = neighbour_graph(clustered, search="exact", **how)
+    same = (index == exact).all(1)
+    assert same.mean() > 0.99  # but for ties of rounding
+    np.testing.assert_allclose(distance[same], length[same], atol=1e-5)
+
+
+def test_a_job_whose_rows_do_not_fit_streams_its_neighbours(tiny_parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(capro, "fits_memory", lambda n, dim: n * dim < 1000)
+    searched = []
+    monkeypatch.setattr(rerank, "knn_streamed", lambda rows, k, seed: searched.append(len(rows)) or knn(rows, k))
+    definitions = tiny_parquet.with_name("classes.yaml")
+    run = capro.fit_capro(
+        str(tiny_parquet), tmp_path / "r", definitions=definitions, **FROZEN | {"epochs": 2, "baseline": False}
+    )
+    assert searched == [48]
+    told = [json.loads(p.read_text()) for p in (run / "features").glob("graph-*.json")]
+    assert [t["search"] for t in told] == ["streamed"]
+
+
+def test_what_fits_is_a_matter_of_the_machine_and_not_of_the_moment():
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert fits_memory(1000, 1280)
+    assert not fits_memory(memory // 24 + 1000, 1)
 
 
 def test_cells_with_too_few_rows_are_filled_up():

@@ -99,7 +99,7 @@ def test_a_finished_job_computes_nothing_again(finished, tiny_parquet, monkeypat
         raise AssertionError("computed again")
 
     monkeypatch.setattr(job, "ingest", never)
-    monkeypatch.setattr(job, "encode_batches", never)
+    monkeypatch.setattr(job, "EncodePictures", never)
     monkeypatch.setattr(CAPro, "training_step", never)
     fit_capro(str(tiny_parquet), run, definitions=tiny_parquet.with_name("classes.yaml"), **arguments)
 

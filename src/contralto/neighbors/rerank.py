@@ -138,7 +138,7 @@ def neighbour_graph(
     >>> index.shape
     (6, 2)
     """
-    rows = np.asarray(features)
+    rows: Any = features if search == "streamed" else np.asarray(features)
     n = len(rows)
 
     def nearest(count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
