@@ -28,13 +28,13 @@ CAPro --specific    the same, on the web labels of *plain --specific*
 
 Learning rates: every arm has the best of the same grid, which grows where the best stands at its end, by the mean average
 precision on the *web* labels of a held-out seventh of the training pictures, with seed 100 (*--specific*: that of the arm
-without it). No clean label is used in training or
-choosing; the test part is looked at once, at the end.
+without it). No clean label is used in training or choosing; the test part is looked at once, at the end.
 
 mAP is the mean over classes; C-F1 and O-F1 are those of the three surest classes (`contralto.evaluation.multilabel`), where a
 picture has four. Share of the gap = (arm - plain) / (ceiling - plain) by mAP, with 95 % bootstrap intervals over seeds and test
 pictures. *wrong* and *missing*: average precision of the list of web labels that are wrong among those given, and of those that
-are missing among the others. Needs `contralto[bench,pretrained]`.
+are missing among the others. Seconds are of one core's work, without the features that all arms share.
+Needs `contralto[bench,pretrained]`.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def run_arm(arm: str, rate: float, seed: int, work: Path) -> dict:
 
 
 def train_arm(arm: str, rate: float, seed: int, work: Path, folder: Path) -> dict:
-    started, development = time.perf_counter(), seed == DEVELOPMENT_SEED
+    started, development = time.process_time(), seed == DEVELOPMENT_SEED
     shared = manifest_of(work, development=development)
     shutil.copytree(shared, folder / "run" / "manifest")
     arguments = load_preset("small", "capro-multilabel") | JOBS.get(arm, {}) | dict.fromkeys(RATES, rate)
@@ -202,7 +202,7 @@ def train_arm(arm: str, rate: float, seed: int, work: Path, folder: Path) -> dic
     shutil.rmtree(folder / "run")
     for name, scores in answers.items():
         save_array(scores.astype(np.float32), folder / f"{name}.npy")
-    found |= {"answers": list(answers), "seconds": round(time.perf_counter() - started, 1)}
+    found |= {"answers": list(answers), "seconds": round(time.process_time() - started, 1)}
     found["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     print(f"{arm}, rate {rate}, seed {seed}: {found['seconds']:.0f} s", flush=True)
     return found
@@ -330,7 +330,7 @@ def summarise(found: dict[str, list[dict]], rates: dict[str, float], work: Path)
 def markdown(result: dict) -> str:
     """The table of the docs."""
     lines = [
-        "| training | mAP, % | share of the gap, % | C-F1, % | O-F1, % | wrong | missing | seconds |",
+        "| training | mAP, % | share of the gap, % | C-F1, % | O-F1, % | wrong | missing | CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm, r in result["arms"].items():
