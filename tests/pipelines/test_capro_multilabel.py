@@ -150,4 +150,4 @@ def test_sets_survive_saving_and_damage_is_named(tagged_parquet, tmp_path):
 @pytest.mark.parametrize("name", presets_of("capro-multilabel"))
 def test_presets_hold_arguments_that_exist(name, tmp_path):
     job = CAProMultiLabelJob("x", tmp_path, load_preset(name, "capro-multilabel"))
-    assert job._extensions() == []
+    assert job._extensions() == ["lambda_class"]

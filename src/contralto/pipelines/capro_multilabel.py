@@ -26,7 +26,7 @@ from contralto.neighbors.matching import Match, Matching, match_texts, within_cl
 from contralto.pipelines.capro import CAProJob
 from contralto.pipelines.job import Array
 from contralto.pipelines.outputs import write_cleaned_csv
-from contralto.systems.webly.capro_multilabel import CAProMultiLabel, correct_entries, positive_weights
+from contralto.systems.webly.capro_multilabel import EXTENSIONS, CAProMultiLabel, correct_entries, positive_weights
 
 __all__ = ["CAProMultiLabelJob", "fit_capro_multilabel"]
 
@@ -142,7 +142,7 @@ class CAProMultiLabelJob(CAProJob):
     name = "capro-multilabel"
     system: ClassVar = CAProMultiLabel
     fit: ClassVar = staticmethod(fit_capro_multilabel)
-    extensions: ClassVar = ("specific",)
+    extensions: ClassVar = (*EXTENSIONS, "specific")
     multilabel = True
 
     # Data.

@@ -110,10 +110,23 @@ def test_votes_of_keys_are_their_scores_by_the_auxiliary_classifier():
     close(system._votes(keys), 0.3 * auxiliary + 0.7 * near)
 
 
+@pytest.mark.parametrize(("weight", "factor"), [(None, 5), (7.0, 7)])
+@pytest.mark.parametrize("stage", ["plain", "capro"])
+def test_losses_over_classes_have_their_weight_and_no_other(stage, weight, factor):
+    ref = reference_case(REFERENCE, "nus_clean")
+    one, other = build(ref, cleaning=True), build(ref, cleaning=True)
+    one.hparams.stage = other.hparams.stage = stage
+    other.hparams.lambda_class = weight
+    a, b = (s.step(batch_of(ref), epoch=1) for s in (one, other))
+    for name in a.keys() - {"loss", "kept", "corrected"}:
+        close(b[name], a[name] * (factor if name in ("loss_cls", "loss_aux", "loss_pro") else 1), msg=name)
+    close(b["loss"], sum(v for k, v in b.items() if k.startswith("loss_")))
+
+
 def test_weights_of_positives_and_wrong_arguments():
     labels = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 0], [0, 0]])
     torch.testing.assert_close(positive_weights(labels), torch.tensor([(3 / 2) ** 0.5, 2.0]))
-    for wrong in ({"threshold": 0.5}, {"alpha": 2}, {"stage": "x"}, {"momentum_prototype": None}):
+    for wrong in ({"threshold": 0.5}, {"alpha": 2}, {"stage": "x"}, {"momentum_prototype": None}, {"lambda_class": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             CAProMultiLabel(nn.Identity(), 3, 8, **wrong)
     with pytest.raises(UsageError, match="one shape"):

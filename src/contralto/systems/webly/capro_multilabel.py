@@ -32,9 +32,12 @@ from contralto.prototypes.bank import ema_update
 from contralto.systems.webly.base import instance_contrast
 from contralto.systems.webly.capro import StagedCAPro, bootstrapping_weights
 
-__all__ = ["CAProMultiLabel", "Stage", "correct_entries", "positive_weights"]
+__all__ = ["EXTENSIONS", "CAProMultiLabel", "Stage", "correct_entries", "positive_weights"]
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
+
+EXTENSIONS = ("lambda_class",)
+"""Arguments that go beyond the paper; off by default."""
 
 
 class CAProMultiLabel(StagedCAPro):
@@ -62,6 +65,9 @@ class CAProMultiLabel(StagedCAPro):
         Weights of instance contrast, reconstruction and prototype contrast.
     dim, hidden, queue_size : int
     weight_decay : float
+    lambda_class : float, optional
+        Extension. Weight of the losses that are means over the classes: classification, auxiliary, prototype contrast; None = C,
+        which makes them sums, as large beside the others as they are with one label per picture.
     seed : int
 
     Attributes
@@ -114,9 +120,12 @@ class CAProMultiLabel(StagedCAPro):
         hidden: int = 2048,
         queue_size: int | None = 2048,
         weight_decay: float = 1e-4,
+        lambda_class: float | None = 1.0,
         seed: int = 1024,
     ) -> None:
         super().__init__()
+        if lambda_class is not None and not lambda_class > 0:
+            raise UsageError(f"lambda_class must be above 0, got {lambda_class}")
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} must be in [0, 1], got {value}")
@@ -155,7 +164,8 @@ class CAProMultiLabel(StagedCAPro):
         v = self.encoder(batch["views"][0])
         logits = self.classifier(v)
         if h.stage == "plain":
-            loss = (weight * self._binary(logits, given)).mean() * mean_weight(given.new_tensor(len(given)))
+            loss = self._class_weight() * (weight * self._binary(logits, given)).mean()
+            loss = loss * mean_weight(given.new_tensor(len(given)))
             return {"loss": loss, "loss_cls": loss}
         prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch
         cleaning = h.stage == "capro" and epoch > h.start_clean_epoch
@@ -248,6 +258,10 @@ class CAProMultiLabel(StagedCAPro):
         weight = self.positive_weight.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), pos_weight=weight, reduction="none")
 
+    def _class_weight(self) -> float:
+        share = self.arguments.lambda_class
+        return float(self.arguments.num_classes if share is None else share)
+
     def _entry_losses(
         self,
         logits: Tensor,
@@ -262,19 +276,19 @@ class CAProMultiLabel(StagedCAPro):
         prototypes_on: bool,
     ) -> dict[str, Tensor]:
         """Losses over the entries of kept pictures, ignored ones counting as zero."""
-        h, mask = self.arguments, valid[kept].to(logits.dtype)
+        h, mask, share = self.arguments, valid[kept].to(logits.dtype), self._class_weight()
         logits, aux, each, label, weight = (x[kept] for x in (logits, aux, each, label, weight))
         soft = -target[kept] * F.logsigmoid(aux)
         both = (1 - h.beta) * self._binary(aux, label) + h.beta * soft
         out = {
-            "loss_cls": (weight * mask * self._binary(logits, label)).mean(),
-            "loss_aux": (weight * mask * both).mean(),
+            "loss_cls": share * (weight * mask * self._binary(logits, label)).mean(),
+            "loss_aux": share * (weight * mask * both).mean(),
         }
         if prototypes_on:
             side = label.long()
             near = -self._prototype_logits(each, prototypes).log_softmax(2).gather(2, side.unsqueeze(2)).squeeze(2)
             sides = torch.stack([torch.ones_like(self.positive_weight[0]), self.positive_weight.mean()]).to(near.dtype)
-            out["loss_pro"] = h.lambda_pro * (mask * sides[side] * near).mean()
+            out["loss_pro"] = share * h.lambda_pro * (mask * sides[side] * near).mean()
         return out
 
     def _move_prototypes(self, each: Tensor, label: Tensor, valid: Tensor) -> None:
