@@ -21,7 +21,9 @@ def batch():
     return {"views": [torch.randn(10, 6, generator=g)], "label": torch.randint(3, (10,), generator=g)}
 
 
-@pytest.mark.parametrize(("epoch", "kept"), [(0, 10), (4, 8), (9, 6), (99, 6)])  # of ten; 0.4 are forgotten after ten epochs
+@pytest.mark.parametrize(
+    ("epoch", "kept"), [(0, 10), (4, 8), (9, 6), (99, 6)]
+)  # of ten; 0.4 are forgotten after ten epochs
 def test_co_teaching_lets_each_head_learn_from_what_the_other_finds_easy(batch, epoch, kept):
     system = rivals.told_to_forget(0.4)(nn.Identity(), **SIZES)
     loss = system.step(batch, epoch)["loss"]
