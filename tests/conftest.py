@@ -115,6 +115,49 @@ def tiny_parquet(tmp_path_factory):
     return folder / "tiny.parquet"
 
 
+def tagged_rows(train=54, test=18):
+    """Pictures of one or two of the colours with tags that name them, some glued, some wrong, one that names none."""
+    rng = np.random.default_rng(0)
+    names = list(COLOURS)
+    out = []
+    for i in range(train + test):
+        pair = [names[k] for k in rng.choice(3, 2)]
+        tags = [f"{c}{'photo' if i % 3 == 0 else ''}" for c in dict.fromkeys(pair)]
+        if i % 6 == 5:
+            tags = [names[(names.index(pair[0]) + 1) % 3]]
+        if i == 7:
+            tags = ["holiday"]
+        out.append(
+            {
+                "id": f"p{i}", "image": two_colours(*pair, i), "tags": f"{' '.join(tags)} nice day", "colours": sorted(set(pair)),
+                "shape": "square", "split": "train" if i < train else "test",
+            }
+        )  # fmt: skip
+    return out
+
+
+def two_colours(a, b, seed):
+    """Left half of one colour, right half of another, with noise."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((40, 40, 3))
+    pixels[:, :20], pixels[:, 20:] = COLOURS[a], COLOURS[b]
+    noisy = np.clip(pixels + rng.normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)
+    return encode(Image.fromarray(noisy), "PNG")
+
+
+@pytest.fixture(scope="session")
+def tagged_parquet(tmp_path_factory):
+    """The pictures with tags as a Parquet file, with their definitions beside it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("tags")
+    pq.write_table(pa.Table.from_pylist(tagged_rows()), folder / "tags.parquet")
+    lines = [f"{n}: {{query: [{n}, {n}ish], definition: The colour {n} of paint.}}" for n in COLOURS]
+    (folder / "classes.yaml").write_text("\n".join(lines))
+    return folder / "tags.parquet"
+
+
 @pytest.fixture(scope="session")
 def data_folder():
     """The folder of the larger data sets, for tests marked `data`."""

@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 
 from contralto.data.ingest import ingest
+from contralto.data.manifest import ClassInfo
+from contralto.data.tags import tag_labels
 from contralto.errors import ContraltoError
 
 MIB = 2**20
@@ -181,24 +183,47 @@ def long_line(root):
     return root / "a.csv"
 
 
+def large_tags(root):
+    """Tags without end: lists of a million, words of ten million letters, ten thousand letters of words glued together."""
+    folder(root)
+    glued = "".join(np.random.default_rng(0).choice(["blue", "sky", "sunset", "red"], 60_000))
+    words = [" ".join(glued[i : i + 200] for i in range(shift, len(glued) - 200, 200)) for shift in range(40)]
+    tags = [
+        ["red", "x"] * 500_000,
+        "z" * 10 * MIB,
+        [["red"] * 1000] * 1000,
+        {"red": ["red"] * 100_000},
+        "\u202e\x00\ud800red",
+        *words,
+    ]
+    with (root / "a.jsonl").open("w") as file:
+        for value in tags:
+            file.write(json.dumps({"path": "red/good.png", "tags": value, "right": value}) + "\n")
+    return root / "a.jsonl"
+
+
 CASES = [pixel_bombs, text_bombs, tiff_chains, gzip_bomb, gzip_rows, many_members, long_header, large_cells, large_texts,
-         large_files, long_line]  # fmt: skip
+         large_files, long_line, large_tags]  # fmt: skip
+WITH_TAGS = [large_tags]
+SEVERAL = {"multilabel": True, "classes": [ClassInfo("red"), ClassInfo("blue sky", ("bluesky",))]}
 
 
 def memory():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measured(case, root):
-    """In a process of its own: memory, pictures, or the error."""
+def measured(case, several):
+    """In a process of its own: memory, pictures, or the error; `several` labels are sought in the texts, too."""
     before, started = memory(), time.perf_counter()
     try:
-        manifest = ingest(str(case))
+        manifest = ingest(str(case), **(SEVERAL if several else {}))
         result = {
             "pictures": len(manifest),
             "skipped": manifest.skipped.num_rows,
             "longest": max(map(len, manifest.texts)),
         }
+        if several:
+            result["named"] = tag_labels(manifest.texts, manifest.classes).sum(0).tolist()
     except ContraltoError as error:
         result = {"error": str(error)}
     except Exception as error:
@@ -211,7 +236,8 @@ def measured(case, root):
 def main():
     torch.set_num_threads(1)
     root, results = Path(sys.argv[1]), {}
-    ingest(str(folder(root / "first")))  # what is imported late
+    first = ingest(str(folder(root / "first")))  # what is imported late
+    tag_labels(["bluesky"], first.classes)
     for make in CASES:
         made = root / f"{make.__name__}.json"
         if os.fork() == 0:
@@ -220,7 +246,7 @@ def main():
             os._exit(0)
         os.wait()
         if os.fork() == 0:
-            made.write_text(json.dumps(measured(made.read_text(), root)))
+            made.write_text(json.dumps(measured(made.read_text(), make in WITH_TAGS)))
             os._exit(0)
         os.wait()
         results[make.__name__] = json.loads(made.read_text())

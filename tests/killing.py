@@ -1,7 +1,7 @@
 """Runs one job again and again in processes that are killed at drawn moments, until one may finish.
 
 `python tests/killing.py PLAN.json`, in a process of its own: it imports everything once and forks, so that a kill costs
-no more than the work it destroys. The plan holds `call` (arguments of `fit_capro`), `kills`, and `log`, a file to which
+no more than the work it destroys. The plan holds `system`, `call` (arguments of its job), `kills`, and `log`, a file to which
 every training step is written before it is done. A kill is one of
 
 - `["step", stage, n]`: before the n-th step of a stage in this process, or when the stage has no step left,
@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from contralto.pipelines.capro import fit_capro
-from contralto.systems.webly.capro import CAPro
+from contralto.systems.registry import get_job
 
 STAGES = ["plain", "vanilla", "capro", "finetune"]
 
@@ -52,9 +51,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def note_steps(log, wanted=None, number=0):
+def note_steps(system, log, wanted=None, number=0):
     """Write every step to the log; die before one of them."""
-    step, seen = CAPro.training_step, [0]
+    step, seen = system.training_step, [0]
 
     def noted(self, batch, batch_idx):
         stage = self.hparams.stage
@@ -64,7 +63,7 @@ def note_steps(log, wanted=None, number=0):
         os.write(log, f"{os.getpid()} {stage} {self.current_epoch} {batch_idx}\n".encode())
         return step(self, batch, batch_idx)
 
-    CAPro.training_step = noted
+    system.training_step = noted
 
 
 def die_while_writing(number, moment):
@@ -84,24 +83,24 @@ def die_while_writing(number, moment):
     Path.replace = counted
 
 
-def child(call, kill, log):
+def child(job, call, kill, log):
     kind, *how = kill or ["none"]
-    note_steps(log, *(how if kind == "step" else ()))
+    note_steps(job.system, log, *(how if kind == "step" else ()))
     if kind == "write":
         die_while_writing(*how)
-    fit_capro(**call)
+    job.fit(**call)
 
 
 def main():
     torch.set_num_threads(1)
     plan = json.loads(Path(sys.argv[1]).read_text())
     log = os.open(plan["log"], os.O_APPEND | os.O_CREAT | os.O_WRONLY)
-    ends = []
+    ends, job = [], get_job(plan["system"])
     for kill in [*plan["kills"], None]:
         pid = os.fork()
         if pid == 0:
             try:
-                child(plan["call"], kill, log)
+                child(job, plan["call"], kill, log)
                 code = 0
             except BaseException as error:
                 print(repr(error), file=sys.stderr)

@@ -45,6 +45,7 @@ def measured(tmp_path_factory):
         ("large_texts", 200, 50, ""),
         ("large_files", 700, 1, ""),
         ("long_line", 300, 0, "a line has"),
+        ("large_tags", 300, 45, ""),
     ],
 )
 def test_memory_is_bounded(measured, case, mib, pictures, told):
@@ -56,6 +57,14 @@ def test_memory_is_bounded(measured, case, mib, pictures, told):
     else:
         assert found["pictures"] == pictures
         assert found["longest"] <= 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("hostile")
+def test_tags_without_end_are_read_as_far_as_they_count(measured):
+    found = measured["large_tags"]
+    assert found["named"][0] >= 40  # what is glued into words of at most 200 letters is found
+    assert found["seconds"] < 60  # the search in a word is bounded by its length
 
 
 WATCHED = """

@@ -45,6 +45,30 @@ def test_a_class_is_named_by_its_name_or_a_search_word_as_a_whole_word():
     assert tag_labels([], classes).shape == (0, 3)
 
 
+def test_the_most_specific_name_counts_where_classes_exclude_each_other():
+    classes = [
+        ClassInfo("Casual Shoes", ("shoe",)), ClassInfo("Sports Shoes", ("sports shoe",)), ClassInfo("Sports"),
+        ClassInfo("Blue"), ClassInfo("Navy Blue"), ClassInfo("dark navy blue"), ClassInfo("2009"),
+    ]  # fmt: skip
+    texts = [
+        "navy blue sports shoes",
+        "blue casual shoe",
+        "navy-blue, blue",
+        "dark navy blue navy blue",
+        "sports, shoe",
+        "2009",
+    ]
+    found = tag_labels(texts, classes, glued=False, specific=True).astype(int).tolist()
+    assert found == [
+        [0, 1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0],
+        [0] * 7,
+    ]  # fmt: skip
+    every = tag_labels(texts, classes, glued=False)
+    assert every[0].tolist() == [True, True, True, True, True, False, False]
+    assert (every >= np.array(found, bool)).all()
+    assert tag_labels(["darknavy skyblue"], classes, specific=True)[0].tolist() == [False] * 3 + [True] + [False] * 3
+
+
 def test_a_long_word_takes_no_long_time():
     assert len(split_glued("a" * 5000)) == 5000
     split_glued("ab" * 100)

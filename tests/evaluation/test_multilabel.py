@@ -7,7 +7,13 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from contralto.errors import UsageError
-from contralto.evaluation.multilabel import average_precisions, multilabel_metrics
+from contralto.evaluation.multilabel import (
+    _weighted_map,
+    average_precisions,
+    entry_metrics,
+    map_interval,
+    multilabel_metrics,
+)
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "capro_multilabel.npz", allow_pickle=False)
 
@@ -39,3 +45,59 @@ def test_they_equal_counting_one_by_one():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(UsageError, match="one shape"):
         multilabel_metrics(np.zeros((2, 3)), np.zeros((2, 2)))
+
+
+def test_resampled_precision_equals_that_of_weighted_pictures_with_ties():
+    rng = np.random.default_rng(1)
+    scores, truth = rng.integers(0, 6, (40, 4)) / 5, rng.random((40, 4)) < 0.3  # many equal scores
+    truth[:, 3] = False
+    weight = rng.multinomial(40, np.full(40, 1 / 40), size=20)
+    weight[0, truth[:, 0]] = 0  # a resample without the first class
+    expected = [
+        np.mean(
+            [
+                average_precision_score(truth[:, c], scores[:, c], sample_weight=w)
+                for c in range(3)
+                if w[truth[:, c]].any()
+            ]
+        )
+        for w in weight
+    ]
+    np.testing.assert_allclose(_weighted_map(scores, truth, weight), expected)
+
+
+def test_the_interval_is_of_seeds_and_groups_of_pictures():
+    rng = np.random.default_rng(2)
+    truth = rng.random((300, 5)) < 0.2
+    noise = rng.normal(size=(3, 300, 5))
+    better, worse = truth + 0.5 * noise, truth + 1.0 * noise
+    found = map_interval(better, truth, against=worse, resamples=400)
+    maps = [[np.nanmean(average_precisions(s, truth)) for s in side] for side in (better, worse)]
+    assert found.value == pytest.approx(np.mean(maps[0]) - np.mean(maps[1]))
+    assert 0 < found.low < found.value < found.high
+    assert map_interval(worse, truth, against=better, resamples=400).high == pytest.approx(-found.low)
+    same = map_interval(better, truth, against=better)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    # Pictures that come in tens are ten times fewer: the interval is about three times as wide.
+    tens = np.repeat(np.arange(30), 10).astype(str)
+    truth, noise = np.repeat(truth[:30], 10, 0), np.repeat(rng.normal(size=(30, 5)), 10, 0)
+    apart, together = (map_interval(truth + noise, truth, groups=g, resamples=400) for g in (None, tens))
+    assert 2 < (together.high - together.low) / (apart.high - apart.low) < 5
+    # Seeds that differ widen it.
+    alike, unlike = (map_interval(truth + np.stack([noise, x * noise]), truth, resamples=400) for x in (1.0, 3.0))
+    assert unlike.high - unlike.low > 1.5 * (alike.high - alike.low)
+    with pytest.raises(UsageError, match="at least one 1"):
+        map_interval(np.zeros((4, 2)), np.zeros((4, 2)))
+    with pytest.raises(UsageError, match="are needed"):
+        map_interval(np.zeros((4, 2)), np.ones((4, 3)))
+
+
+def test_wrong_and_missing_labels_are_two_lists():
+    given, clean = np.array([[1, 1, 0], [1, 0, 0]]), np.array([[1, 0, 1], [1, 0, 0]])
+    found = entry_metrics(given, clean, [[0.9, 0.5, 0.2], [0.1, 0.3, 0.1]])
+    assert found == {
+        "wrong_share": 1 / 3, "wrong_average_precision": 0.5, "missing_share": 1 / 3, "missing_average_precision": 0.5,
+    }  # fmt: skip
+    nothing = entry_metrics(clean, clean, np.zeros((2, 3)))
+    assert nothing["wrong_share"] == nothing["missing_share"] == 0
+    assert np.isnan(nothing["wrong_average_precision"])

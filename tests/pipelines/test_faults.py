@@ -24,12 +24,13 @@ from contralto.cli import main
 from contralto.data.manifest import Manifest
 from contralto.errors import ContraltoError
 from contralto.pipelines.capro import CAProJob, fit_capro
+from contralto.systems.registry import get_job
 
-from tests.conftest import COLOURS, bomb, encode, picture, tiny_rows
+from tests.conftest import COLOURS, bomb, encode, picture, tagged_rows, tiny_rows
 from tests.data.test_sources import add
 from tests.killing import whole
 from tests.runs import assert_same, weights
-from tests.tiny import FROZEN, TINY
+from tests.tiny import FROZEN, TAGGED, TINY
 
 KILLS = int(os.environ.get("CONTRALTO_KILLS", "1"))  # at any time, for every stage; 20 and more on purpose
 
@@ -50,14 +51,20 @@ def drawn_kills(rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [TINY | {"workers": 2}, TINY, FROZEN], ids=["trained, 2 workers", "trained", "frozen"]
+    ("system", "arguments"),
+    [("capro", TINY | {"workers": 2}), ("capro", TINY), ("capro", FROZEN), ("capro-multilabel", TAGGED)],
+    ids=["trained, 2 workers", "trained", "frozen", "several labels"],
 )
-def test_killed_at_random_moments_and_started_again_it_ends_the_same(tiny_parquet, tmp_path, arguments):
-    call = {"definitions": str(tiny_parquet.with_name("classes.yaml")), **arguments, **SLOW_BATCHES}
-    undisturbed = fit_capro(str(tiny_parquet), tmp_path / "undisturbed", **(call | {"checkpoint_every": 1000}))
+def test_killed_at_random_moments_and_started_again_it_ends_the_same(
+    tiny_parquet, tagged_parquet, tmp_path, system, arguments
+):
+    data, fit = tagged_parquet if system == "capro-multilabel" else tiny_parquet, get_job(system).fit
+    call = {"definitions": str(data.with_name("classes.yaml")), **arguments, **SLOW_BATCHES}
+    undisturbed = fit(str(data), tmp_path / "undisturbed", **(call | {"checkpoint_every": 1000}))
     again, log = tmp_path / "killed", tmp_path / "steps"
     kills = drawn_kills(random.Random(len(call)))
-    plan = {"call": {"data": str(tiny_parquet), "out": str(again), **call}, "kills": kills, "log": str(log)}
+    call = {"data": str(data), "out": str(again), **call}
+    plan = {"system": system, "call": call, "kills": kills, "log": str(log)}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     program = [sys.executable, Path(__file__).parents[1] / "killing.py", tmp_path / "plan.json"]
     result = subprocess.run(program, capture_output=True, text=True, timeout=900)
@@ -258,4 +265,30 @@ def test_a_crawl_with_planted_faults_trains_through_and_lists_exactly_those(tmp_
     assert len(manifest) == len(rows) - len(planted)
     assert len(set(manifest.column("id"))) == len(manifest)
     assert pq.read_table(run / "cleaned.parquet").num_rows == len(manifest)
+    assert (run / "report.html").stat().st_size < 3_000_000
+
+
+def test_tags_and_right_labels_of_any_kind_train_through(tmp_path):
+    values = [
+        None, 17, ["red", None, ["green"], {"a": "blue"}], {"red": 1}, "y" * 1_000_000, "\u202e\x00red", "<script>red</script>",
+        [], "", True, float("nan"), ["red"] * 100_000, "red" * 60,
+    ]  # fmt: skip
+    rows = tagged_rows(test=18)
+    for i, value in enumerate(values):
+        rows[i + 8]["tags"] = rows[-1 - i]["colours"] = value
+    with (tmp_path / "crawl.jsonl").open("w") as file:
+        for i, row in enumerate(rows):
+            (tmp_path / f"{i}.png").write_bytes(row.pop("image") if i != 3 else b"<html>404</html>")
+            file.write(json.dumps({"path": f"{i}.png", **row}) + "\n")
+    (tmp_path / "c.yaml").write_text("red: {}\ngreen: {}\nblue: {}\nnever found: {}\n")
+    arguments = TAGGED | {"epochs": 2, "definitions": tmp_path / "c.yaml"}
+    run = get_job("capro-multilabel").fit(str(tmp_path / "crawl.jsonl"), tmp_path / "run", **arguments)
+    manifest = Manifest.load(run / "manifest")
+    assert [r["reason"] for r in manifest.skipped.to_pylist()] == ["not an image"]
+    table = {r["id"]: r for r in pq.read_table(run / "cleaned.parquet").to_pylist()}
+    names_red = {i for i, v in enumerate(values) if "red" in str(v)}
+    assert {i for i in range(len(values)) if "red" in table.get(f"p{i + 8}", {"given": []})["given"]} == names_red
+    assert not {f"p{i + 8}" for i in range(len(values)) if i not in names_red} & set(table)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["test"]["model"]["by_class"][3] is None
     assert (run / "report.html").stat().st_size < 3_000_000

@@ -11,10 +11,8 @@ from contralto.data.decisions import Decisions
 from contralto.pipelines.capro_multilabel import fit_capro_multilabel
 from contralto.review.listing import Filter, Listing
 
-from tests.pipelines.test_capro_multilabel import COLUMNS
-from tests.pipelines.test_capro_multilabel import TINY as SETS
-from tests.pipelines.test_capro_multilabel import data as sets_data  # noqa: F401 (a fixture)
 from tests.review.test_report import hostile_run
+from tests.tiny import TAGGED
 
 pytestmark = pytest.mark.browser
 
@@ -192,9 +190,9 @@ def test_hostile_content_does_nothing_and_fits_the_screen(browser, serve, tmp_pa
     assert [t for t in page.trouble if "410" not in t] == []  # its pictures do not exist
 
 
-def test_several_labels_are_ticked_and_taken(browser, serve, sets_data, tmp_path):  # noqa: F811
-    arguments = SETS | COLUMNS | {"epochs": 2, "baseline": False, "definitions": sets_data.with_name("classes.yaml")}
-    run = fit_capro_multilabel(str(sets_data), tmp_path / "run", **arguments)
+def test_several_labels_are_ticked_and_taken(browser, serve, tagged_parquet, tmp_path):
+    arguments = TAGGED | {"epochs": 2, "baseline": False, "definitions": tagged_parquet.with_name("classes.yaml")}
+    run = fit_capro_multilabel(str(tagged_parquet), tmp_path / "run", **arguments)
     page = visit(browser, serve(run), "ada")
     listing = Listing(run)
     n = next(n for n in range(len(listing)) if listing.given[n])

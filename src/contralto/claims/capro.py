@@ -24,6 +24,7 @@ else inconclusive.
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,12 @@ __all__ = [
     "RATES",
     "ambiguous_classes",
     "choose_rates",
+    "held_out",
     "markdown",
     "reproduce_capro",
     "right_share",
     "shared_manifest",
+    "with_split",
 ]
 
 PAPER: dict[str, Any] = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
@@ -178,18 +181,27 @@ def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path
     classes = load_definitions(path.parent / "classes.json")
     manifest = ingest(str(path), classes=classes, group_column=group, blank_share=load_preset("small")["blank_share"])
     if development:
-        groups = manifest.column("group").astype(str)
-        groups = np.where(groups == "", np.arange(len(groups)).astype(str), groups)
-        unique, inverse = np.unique(groups, return_inverse=True)
-        held = np.random.default_rng(DEVELOPMENT_SEED).random(len(unique)) < 1 / 7
-        split = manifest.column("split").astype(object)
-        split[split == "test"] = "untouched"
-        split[(split == "train") & held[inverse]] = "test"
-        at = manifest.table.schema.get_field_index("split")
-        table = manifest.table.set_column(at, "split", pa.array(split.tolist(), pa.string()))
-        manifest = Manifest(table, manifest.classes, manifest.root, manifest.skipped)
+        manifest = held_out(manifest)
     manifest.save(folder)
     return folder
+
+
+def held_out(manifest: Manifest) -> Manifest:
+    """A manifest for development: a seventh of the training pictures, by group, is its test part; its own is left untouched."""
+    groups = manifest.column("group").astype(str)
+    groups = np.where(groups == "", np.arange(len(groups)).astype(str), groups)
+    unique, inverse = np.unique(groups, return_inverse=True)
+    held = np.random.default_rng(DEVELOPMENT_SEED).random(len(unique)) < 1 / 7
+    split = manifest.column("split").astype(object)
+    split[split == "test"] = "untouched"
+    split[(split == "train") & held[inverse]] = "test"
+    return with_split(manifest, split)
+
+
+def with_split(manifest: Manifest, split: npt.NDArray[np.object_]) -> Manifest:
+    """The same pictures with other parts."""
+    at = manifest.table.schema.get_field_index("split")
+    return replace(manifest, table=manifest.table.set_column(at, "split", pa.array(split.tolist(), pa.string())))
 
 
 def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, *, quick: bool) -> dict[str, Any]:

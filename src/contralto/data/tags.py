@@ -1,5 +1,6 @@
 """Tags as web labels: words that users glued together, and which classes a picture's tags name."""
 
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
@@ -7,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contralto.data.manifest import ClassInfo
-from contralto.data.text import names_in_texts, words_of
+from contralto.data.text import stems_of, words_of
 
 __all__ = ["split_glued", "tag_labels"]
 
@@ -77,7 +78,9 @@ _SHORT = frozenset(
 """Words of one or two letters; all other short strings that a list of frequencies knows are abbreviations."""
 
 
-def tag_labels(texts: Sequence[str], classes: Sequence[ClassInfo], *, glued: bool = True) -> npt.NDArray[np.bool_]:
+def tag_labels(
+    texts: Sequence[str], classes: Sequence[ClassInfo], *, glued: bool = True, specific: bool = False
+) -> npt.NDArray[np.bool_]:
     """Which classes the tags of every picture name: their name or one of their search words, as whole words.
 
     Parameters
@@ -87,6 +90,9 @@ def tag_labels(texts: Sequence[str], classes: Sequence[ClassInfo], *, glued: boo
     classes : sequence of ClassInfo (C,)
     glued : bool
         Split glued tags first.
+    specific : bool
+        A word that ends a longer name of another class names that class alone: "blue" in "navy blue" is no blue. For classes
+        that exclude each other; where a school bus is to be a bus as well, it is wrong.
 
     Returns
     -------
@@ -97,16 +103,23 @@ def tag_labels(texts: Sequence[str], classes: Sequence[ClassInfo], *, glued: boo
     >>> classes = [ClassInfo("sky"), ClassInfo("dog", ("dog", "puppy"))]
     >>> tag_labels(["bluesky sea", "two puppies", "skyline"], classes).tolist()
     [[True, False], [False, True], [False, False]]
+    >>> tag_labels(["navy blue", "navy"], [ClassInfo("blue"), ClassInfo("navy blue")], specific=True).tolist()
+    [[False, True], [False, False]]
     """
     keep = {w for c in classes for s in (c.name, *c.queries) for w in words_of(s)}
-    lines = [f"{t} {split_glued(t, keep=keep)}" for t in texts] if glued else list(texts)
+    lines = [f" {stems_of(f'{t} {split_glued(t, keep=keep)}' if glued else t)} " for t in texts]
+    names = [{stems_of(s) for s in (c.name, *c.queries)} - {""} for c in classes]
     out = np.zeros((len(lines), len(classes)), bool)
-    for words in _columns([(c.name, *c.queries) for c in classes]):
-        out |= names_in_texts(lines, words)
+    for c, own in enumerate(names):
+        longer = {n for other in names for n in other if any(n.endswith(f" {s}") for s in own)} - own
+        read = [_without_heads(line, longer, own) for line in lines] if specific and longer else lines
+        out[:, c] = [any(f" {name} " in line for name in own) for line in read]
     return out
 
 
-def _columns(words: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The k-th word of every class, for all k; "" where a class has fewer."""
-    most = max(map(len, words), default=0)
-    return [[w[k] if k < len(w) else "" for w in words] for k in range(most)]
+def _without_heads(line: str, longer: Collection[str], own: Collection[str]) -> str:
+    """A line in which longer names have lost their last words, where those are a name of one's own."""
+    for name in longer:
+        head = max((s for s in own if name.endswith(f" {s}")), key=len)
+        line = re.sub(rf"\b({re.escape(name.removesuffix(f' {head}'))}) {re.escape(head)}\b", r"\1", line)
+    return line

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from contralto.errors import UsageError
 
-__all__ = ["clean_text", "clean_texts", "drop_even_words", "names_in_texts", "words_of"]
+__all__ = ["clean_text", "clean_texts", "drop_even_words", "names_in_texts", "stems_of", "words_of"]
 
 MAX_CHARACTERS = 10_000
 _SUFFIX = re.compile(r"\.(?:jpe?g|png|gif)\b")
@@ -168,16 +168,23 @@ def names_in_texts(texts: Sequence[str], names: Sequence[str]) -> npt.NDArray[np
     [[True, False], [False, False], [False, False]]
     """
     unique, inverse = np.unique(np.asarray(list(texts), dtype=object).astype(str), return_inverse=True)
-    lines = [f" {' '.join(_stems(t))} " for t in unique.tolist()]
-    sought = [f" {' '.join(_stems(n))} " for n in names]
+    lines = [f" {stems_of(t)} " for t in unique.tolist()]
+    sought = [f" {stems_of(n)} " for n in names]
     found = np.array([[s in line for s in sought] for line in lines], dtype=bool).reshape(len(lines), len(sought))
     found[:, [not s.strip() for s in sought]] = False
     return found[inverse]
 
 
-def _stems(text: str) -> list[str]:
+def stems_of(text: str) -> str:
+    """Words of a text as `names_in_texts` compares them: lower-case letters, no hyphens, no plural.
+
+    Examples
+    --------
+    >>> stems_of("Men's T-Shirts, 2 for 1")
+    'men tshirt for'
+    """
     words = re.findall(r"[^\W\d_]+", re.sub(r"[-'\u2019_]", "", text.lower()))
-    return [_stem(w) for w in words]
+    return " ".join(_stem(w) for w in words)
 
 
 def _stem(word: str) -> str:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from contralto.errors import UsageError
 
-__all__ = ["Interval", "accuracy_interval", "calibration_error", "per_class_accuracy"]
+__all__ = ["Interval", "accuracy_interval", "calibration_error", "group_numbers", "per_class_accuracy"]
 
 Labels = npt.NDArray[np.integer[Any]]
 
@@ -74,8 +74,7 @@ def accuracy_interval(
     seeds, n = matrix.shape
     if n == 0 or len(labels) != n:
         raise UsageError(f"correct and labels must have the same length above 0, got {n} and {len(labels)}")
-    names = np.arange(n).astype(str) if groups is None else _alone(np.asarray(groups).astype(str))
-    _, group = np.unique(names, return_inverse=True)
+    group = group_numbers(n, groups)
     group_count = int(group.max()) + 1
     classes = np.asarray(labels) if macro else np.zeros(n, int)
     num_classes = int(classes.max()) + 1
@@ -106,8 +105,19 @@ def _mean_over_classes(right: npt.NDArray[np.float64], total: npt.NDArray[Any]) 
     return np.asarray(share.sum(1) / np.maximum((total > 0).sum(1), 1))
 
 
-def _alone(groups: npt.NDArray[np.str_]) -> npt.NDArray[Any]:
-    return np.where(np.isin(groups, ["", "None"]), np.char.add("\x00", np.arange(len(groups)).astype(str)), groups)
+def group_numbers(n: int, groups: npt.NDArray[Any] | None = None) -> npt.NDArray[np.int64]:
+    """The number (n,) of the group of every sample; "" and None stand alone.
+
+    Examples
+    --------
+    >>> group_numbers(4, np.array(["a", "", "a", ""])).tolist()
+    [2, 0, 2, 1]
+    """
+    if groups is None:
+        return np.arange(n)
+    names = np.asarray(groups).astype(str)
+    names = np.where(np.isin(names, ["", "None"]), np.char.add("\x00", np.arange(n).astype(str)), names)
+    return np.asarray(np.unique(names, return_inverse=True)[1], np.int64)
 
 
 def calibration_error(happened: npt.ArrayLike, probability: npt.ArrayLike, *, bins: int = 15) -> float:

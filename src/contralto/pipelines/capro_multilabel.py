@@ -19,14 +19,14 @@ from contralto.data.definitions import ClassText
 from contralto.data.manifest import Manifest
 from contralto.data.tags import tag_labels
 from contralto.errors import DataError
-from contralto.evaluation.multilabel import average_precisions, multilabel_metrics
+from contralto.evaluation.multilabel import average_precisions, entry_metrics, map_interval, multilabel_metrics
 from contralto.files import save_array, write_atomically
 from contralto.neighbors.graph import Edge, Normalisation
 from contralto.neighbors.matching import Match, Matching, match_texts, within_class_rank
 from contralto.pipelines.capro import CAProJob
 from contralto.pipelines.job import Array
 from contralto.pipelines.outputs import write_cleaned_csv
-from contralto.systems.webly.capro_multilabel import CAProMultiLabel, correct_entries, positive_weights
+from contralto.systems.webly.capro_multilabel import EXTENSIONS, CAProMultiLabel, correct_entries, positive_weights
 
 __all__ = ["CAProMultiLabelJob", "fit_capro_multilabel"]
 
@@ -56,6 +56,7 @@ def fit_capro_multilabel(
     class_text: ClassText = "name+definition",
     text_words: Literal["english", "any", "raw"] = "raw",
     glued: bool = True,
+    specific: bool = False,
     enhance: bool = True,
     use_rerank: bool = True,
     neighbours: int = 40,
@@ -103,6 +104,9 @@ def fit_capro_multilabel(
         As of `fit_capro`.
     glued : bool
         Split glued tags into words.
+    specific : bool
+        Extension: a word that ends a longer name of another class names that class alone ("blue" in "navy blue"), for classes
+        that exclude each other.
     enhance, use_rerank, neighbours, kept_neighbours, k1, k2, rerank_weight, edge, self_weight, normalisation, degree, match
         As of `fit_capro`; every pair of picture and label is matched.
     anchors : int, optional
@@ -138,7 +142,7 @@ class CAProMultiLabelJob(CAProJob):
     name = "capro-multilabel"
     system: ClassVar = CAProMultiLabel
     fit: ClassVar = staticmethod(fit_capro_multilabel)
-    extensions: ClassVar = ()
+    extensions: ClassVar = (*EXTENSIONS, "specific")
     multilabel = True
 
     # Data.
@@ -155,7 +159,12 @@ class CAProMultiLabelJob(CAProJob):
         return manifest
 
     def _trusted(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        self._named = tag_labels(self.manifest.texts, self.manifest.classes, glued=self.arguments["glued"])
+        self._named = tag_labels(
+            self.manifest.texts,
+            self.manifest.classes,
+            glued=self.arguments["glued"],
+            specific=self.arguments["specific"],
+        )
         if not self._named.any():
             raise DataError(
                 "no text names any of the classes: name the columns of the tags with --text_column", file=self.data
@@ -239,22 +248,22 @@ class CAProMultiLabelJob(CAProJob):
             self.changes = {
                 "given": given, "added": ~given & new, "removed": given & self.valid & (self.corrected == 0),
             }  # fmt: skip
-            own = np.where(given, s["fused"], 1 - s["fused"])  # of the given side
-            table = self._sets_table(own)
+            self.p_wrong = np.where(given, 1 - s["fused"], s["fused"])  # what the other side scores
+            table = self._sets_table()
             write_atomically(self.out / "cleaned.parquet", lambda path: pq.write_table(table, path))
             write_cleaned_csv(table, self.out / "cleaned.csv")
             save_array(s["embedding"].astype(np.float16), self.out / "embedding.npy")
             self.embedding = s["embedding"]
         return table
 
-    def _sets_table(self, own: Array) -> pa.Table:
+    def _sets_table(self) -> pa.Table:
         names = self.manifest.class_names
 
         def lists(matrix: Array) -> pa.Array:
             return pa.array([[names[c] for c in np.flatnonzero(row)] for row in matrix], pa.list_(pa.string()))
 
         given = self.changes["given"]
-        suspect = np.where(given | (self.corrected != self.web), 1 - own, 0)
+        suspect = np.where(given | (self.corrected != self.web), self.p_wrong, 0)
         worst = suspect.argmax(1)
         return pa.table(
             {
@@ -289,6 +298,7 @@ class CAProMultiLabelJob(CAProJob):
                     name: _agreement(sets[known] == 1, clean[known] == 1)
                     for name, sets in (("given", self.web), ("new", self.new_sets))
                 }
+                metrics["list"] = entry_metrics(self.web[known], clean[known], self.p_wrong[known])
         return self._keep_metrics(metrics)
 
     def _set_metrics(self, truth: Array) -> dict[str, Any]:
@@ -301,7 +311,9 @@ class CAProMultiLabelJob(CAProJob):
             out[name] = multilabel_metrics(p, truth)
             out[name]["by_class"] = [None if np.isnan(v) else round(float(v), 4) for v in average_precisions(p, truth)]
         if "plain" in probabilities:
-            out["difference"] = _bootstrap_map(probabilities["model"], probabilities["plain"], truth)
+            groups = self.manifest.column("group")[self.test_rows]
+            found = map_interval(probabilities["model"], truth, against=probabilities["plain"], groups=groups)
+            out["difference"] = {"map_macro": found.value, "map_macro_low": found.low, "map_macro_high": found.high}
         table = pa.table(
             {"index": self.test_rows, **{k: pa.array(list(p.astype(np.float32))) for k, p in probabilities.items()}}
         )
@@ -316,16 +328,3 @@ def _agreement(said: Array, truth: Array) -> dict[str, float]:
     f1 = 2 * precision * recall / max(precision + recall, 1e-12)
     exact = (said == truth).all(1).mean()
     return {"precision": float(precision), "recall": float(recall), "f1": float(f1), "exact": float(exact)}
-
-
-def _bootstrap_map(ours: Array, theirs: Array, truth: Array, *, draws: int = 200) -> dict[str, float]:
-    """Difference of macro mAP with a 95 % interval over test pictures."""
-    rng = np.random.default_rng(0)
-
-    def difference(rows: Array) -> float:
-        a, b = (average_precisions(p[rows], truth[rows]) for p in (ours, theirs))
-        return float(np.nanmean(a) - np.nanmean(b))
-
-    found = [difference(rng.integers(len(truth), size=len(truth))) for _ in range(draws)]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return {"map_macro": difference(np.arange(len(truth))), "map_macro_low": float(low), "map_macro_high": float(high)}

@@ -86,7 +86,7 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
     manifest = Manifest.load(run / "manifest")
     config = _json(run / "config.json")
     system = SYSTEMS[config["system"]]
-    metrics = {"test": None, "noise": None, "anchors": None, "labels": None} | _json(run / "metrics.json")
+    metrics = {"test": None, "noise": None, "anchors": None, "labels": None, "list": None} | _json(run / "metrics.json")
     if metrics["test"] is not None:
         metrics["test"] = {"plain": None, "difference": None} | metrics["test"]
     rows = _table(run / "cleaned.parquet").to_pylist()

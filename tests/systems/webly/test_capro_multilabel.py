@@ -99,10 +99,34 @@ def test_prototypes_start_from_the_anchors_of_both_sides_in_the_space_of_their_c
     assert system.training
 
 
+def test_votes_of_keys_are_their_scores_by_the_auxiliary_classifier():
+    torch.manual_seed(0)
+    system = CAProMultiLabel(nn.Linear(6, 8), 3, 8, hidden=7, dim=4, queue_size=700, alpha=0.3).double()
+    system.prototypes.copy_(nn.functional.normalize(torch.randn(3, 2, 4), dim=2))
+    keys = nn.functional.normalize(torch.randn(700, 4, dtype=torch.float64), dim=1)
+    each = system.in_spaces(keys)
+    auxiliary = (each * system.auxiliary.weight).sum(2).sigmoid()
+    near = (torch.einsum("bcd,cpd->bcp", each, system.prototypes) / 0.1).softmax(2)[..., 1]
+    close(system._votes(keys), 0.3 * auxiliary + 0.7 * near)
+
+
+@pytest.mark.parametrize(("weight", "factor"), [(None, 5), (7.0, 7)])
+@pytest.mark.parametrize("stage", ["plain", "capro"])
+def test_losses_over_classes_have_their_weight_and_no_other(stage, weight, factor):
+    ref = reference_case(REFERENCE, "nus_clean")
+    one, other = build(ref, cleaning=True), build(ref, cleaning=True)
+    one.hparams.stage = other.hparams.stage = stage
+    other.hparams.lambda_class = weight
+    a, b = (s.step(batch_of(ref), epoch=1) for s in (one, other))
+    for name in a.keys() - {"loss", "kept", "corrected"}:
+        close(b[name], a[name] * (factor if name in ("loss_cls", "loss_aux", "loss_pro") else 1), msg=name)
+    close(b["loss"], sum(v for k, v in b.items() if k.startswith("loss_")))
+
+
 def test_weights_of_positives_and_wrong_arguments():
     labels = torch.tensor([[1, 0], [1, 0], [0, 0], [0, 0], [0, 0]])
     torch.testing.assert_close(positive_weights(labels), torch.tensor([(3 / 2) ** 0.5, 2.0]))
-    for wrong in ({"threshold": 0.5}, {"alpha": 2}, {"stage": "x"}, {"momentum_prototype": None}):
+    for wrong in ({"threshold": 0.5}, {"alpha": 2}, {"stage": "x"}, {"momentum_prototype": None}, {"lambda_class": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             CAProMultiLabel(nn.Identity(), 3, 8, **wrong)
     with pytest.raises(UsageError, match="one shape"):

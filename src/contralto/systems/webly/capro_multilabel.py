@@ -32,9 +32,12 @@ from contralto.prototypes.bank import ema_update
 from contralto.systems.webly.base import instance_contrast
 from contralto.systems.webly.capro import StagedCAPro, bootstrapping_weights
 
-__all__ = ["CAProMultiLabel", "Stage", "correct_entries", "positive_weights"]
+__all__ = ["EXTENSIONS", "CAProMultiLabel", "Stage", "correct_entries", "positive_weights"]
 
 Stage = Literal["plain", "vanilla", "capro", "finetune"]
+
+EXTENSIONS = ("lambda_class",)
+"""Arguments that go beyond the paper; off by default."""
 
 
 class CAProMultiLabel(StagedCAPro):
@@ -62,6 +65,9 @@ class CAProMultiLabel(StagedCAPro):
         Weights of instance contrast, reconstruction and prototype contrast.
     dim, hidden, queue_size : int
     weight_decay : float
+    lambda_class : float, optional
+        Extension. Weight of the losses that are means over the classes: classification, auxiliary, prototype contrast; None = C,
+        which makes them sums, as large beside the others as they are with one label per picture.
     seed : int
 
     Attributes
@@ -114,9 +120,12 @@ class CAProMultiLabel(StagedCAPro):
         hidden: int = 2048,
         queue_size: int | None = 2048,
         weight_decay: float = 1e-4,
+        lambda_class: float | None = 1.0,
         seed: int = 1024,
     ) -> None:
         super().__init__()
+        if lambda_class is not None and not lambda_class > 0:
+            raise UsageError(f"lambda_class must be above 0, got {lambda_class}")
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not 0 <= value <= 1:
                 raise UsageError(f"{name} must be in [0, 1], got {value}")
@@ -155,7 +164,8 @@ class CAProMultiLabel(StagedCAPro):
         v = self.encoder(batch["views"][0])
         logits = self.classifier(v)
         if h.stage == "plain":
-            loss = (weight * self._binary(logits, given)).mean() * mean_weight(given.new_tensor(len(given)))
+            loss = self._class_weight() * (weight * self._binary(logits, given)).mean()
+            loss = loss * mean_weight(given.new_tensor(len(given)))
             return {"loss": loss, "loss_cls": loss}
         prototypes_on = h.stage == "capro" and epoch > h.init_proto_epoch
         cleaning = h.stage == "capro" and epoch > h.start_clean_epoch
@@ -214,7 +224,7 @@ class CAProMultiLabel(StagedCAPro):
 
     @torch.no_grad()
     def _positive_scores(self, logits: Tensor, each: Tensor, prototypes: Tensor) -> Tensor:
-        """The scores r+ of CAPro 5M.2, (B, C); with the auxiliary logits, the votes of 5M.4."""
+        """The scores r+ of CAPro 5M.2, (B, C)."""
         alpha = self.arguments.alpha
         near = self._prototype_logits(each, prototypes).softmax(2)[..., 1]
         scores: Tensor = alpha * logits.sigmoid() + (1 - alpha) * near
@@ -223,13 +233,34 @@ class CAProMultiLabel(StagedCAPro):
     @torch.no_grad()
     def _bootstrap(self, z: Tensor) -> Tensor:
         keys = self.queue.read().to(z.dtype)
-        each = self.in_spaces(keys)
-        votes = self._positive_scores(self._auxiliary_logits(each), each, self.prototypes)
-        return (bootstrapping_weights(z, keys) @ votes).clamp(0, 1)
+        return (bootstrapping_weights(z, keys) @ self._votes(keys)).clamp(0, 1)
+
+    def _votes(self, keys: Tensor) -> Tensor:
+        """Votes (Q, C) of keys for 5M.4: the scores of 5M.2, with the auxiliary classifier in place of the classifier.
+
+        Both sides of a score are linear in the embedding before it is scaled to length one, so of the embeddings in the spaces
+        only the lengths are worked out; a softmax over two prototypes is the sigmoid of a difference.
+        """
+        alpha, (classes, dim) = self.arguments.alpha, self.offsets.shape
+        apart = (self.prototypes[:, 1] - self.prototypes[:, 0]).to(keys.dtype) / self.arguments.temperature
+        asked = torch.stack([self.auxiliary.weight, apart], 1)  # (C, 2, d)
+        slope = torch.einsum("cpe,ced->cpd", asked, self.spaces).flatten(0, 1)
+        start = torch.einsum("cpe,ce->cp", asked, self.offsets).flatten()
+        votes = []
+        for part in keys.split(256):  # Q x C x d numbers at once are slow to allocate
+            each = torch.addmm(self.offsets.flatten(), part, self.spaces.flatten(0, 1).T).view(-1, classes, dim)
+            answers = torch.addmm(start, part, slope.T).view(-1, classes, 2)
+            answers = (answers / each.norm(dim=2, keepdim=True).clamp_min(1e-12)).sigmoid()
+            votes.append(alpha * answers[..., 0] + (1 - alpha) * answers[..., 1])
+        return torch.cat(votes)
 
     def _binary(self, logits: Tensor, label: Tensor) -> Tensor:
         weight = self.positive_weight.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), pos_weight=weight, reduction="none")
+
+    def _class_weight(self) -> float:
+        share = self.arguments.lambda_class
+        return float(self.arguments.num_classes if share is None else share)
 
     def _entry_losses(
         self,
@@ -245,19 +276,19 @@ class CAProMultiLabel(StagedCAPro):
         prototypes_on: bool,
     ) -> dict[str, Tensor]:
         """Losses over the entries of kept pictures, ignored ones counting as zero."""
-        h, mask = self.arguments, valid[kept].to(logits.dtype)
+        h, mask, share = self.arguments, valid[kept].to(logits.dtype), self._class_weight()
         logits, aux, each, label, weight = (x[kept] for x in (logits, aux, each, label, weight))
         soft = -target[kept] * F.logsigmoid(aux)
         both = (1 - h.beta) * self._binary(aux, label) + h.beta * soft
         out = {
-            "loss_cls": (weight * mask * self._binary(logits, label)).mean(),
-            "loss_aux": (weight * mask * both).mean(),
+            "loss_cls": share * (weight * mask * self._binary(logits, label)).mean(),
+            "loss_aux": share * (weight * mask * both).mean(),
         }
         if prototypes_on:
             side = label.long()
             near = -self._prototype_logits(each, prototypes).log_softmax(2).gather(2, side.unsqueeze(2)).squeeze(2)
             sides = torch.stack([torch.ones_like(self.positive_weight[0]), self.positive_weight.mean()]).to(near.dtype)
-            out["loss_pro"] = h.lambda_pro * (mask * sides[side] * near).mean()
+            out["loss_pro"] = share * h.lambda_pro * (mask * sides[side] * near).mean()
         return out
 
     def _move_prototypes(self, each: Tensor, label: Tensor, valid: Tensor) -> None:
