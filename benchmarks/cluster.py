@@ -3,10 +3,10 @@
     CONTRALTO_DATA=... python benchmarks/cluster.py [results/cluster.json] [--pictures 4000] [--work FOLDER]
 
 Photographs are mosaics of CamVid frames, 500 x 375 at quality 88 (as in reading.py), in tars of 250 with a class and a title of
-fashion_web each. Every measurement is a process of its own with one thread per worker. `here` is one process, `ray` is
-`ray.init(num_cpus=2)`; its start (`start_s`) is not counted. `cpu_ms` is the CPU time of all processes together, of workers from
-their first import on, per picture: what a core must do, also on a machine that does other things (`load`: processes that ran when
-it began); `wall_ms` is what a clock says.
+fashion_web each. Every measurement is a process of its own with one thread per worker, all of one priority; interrupted, the same
+command goes on with the next one. `here` is one process, `ray` is `ray.init(num_cpus=2)`, whose start (`start_s`) is not counted.
+`cpu_ms` is the CPU time of all processes together, of workers from their first import on, per picture: what a core must do, also
+on a machine that does other things (`load`: processes that ran when it began); `wall_ms` is what a clock says.
 
 - ingest: read, decode, filter, hash, manifest. features: read, decode, EfficientNet-Lite0 at 96 px, one view (features_resnet50:
   ResNet-50 at 224 px). predict: read, decode, the model of a run with the same encoder. texts: MiniLM over the titles.
@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 CLASSES, SHARD = 20, 250
-THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
 def make_tars(count: int, folder: Path, data: Path) -> None:
@@ -235,23 +235,21 @@ def main() -> None:
         ("features_resnet50", "here", 256),
     ]
     wanted += [("duplicates", "here", n) for n in (100_000, 1_000_000, 5_000_000)] + [("blocks", "ray", 1000)]
-    rows = []
+    rows, kept = [], a.work / f"{a.pictures}.jsonl"
+    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for name, on, count in wanted:
-        command = [
-            sys.executable,
-            __file__,
-            "--pictures",
-            str(a.pictures),
-            "--work",
-            str(a.work),
-            "--one",
-            name,
-            on,
-            str(count),
-        ]
-        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | THREADS).stdout
-        rows.append({"measurement": name, "on": on} | json.loads(told.splitlines()[-1]))
-        print(rows[-1], file=sys.stderr)
+        row = next((r for r in done if (r["measurement"], r["on"], r["n"]) == (name, on, count)), None)
+        if row is None:
+            what = ["--one", name, on, str(count)]
+            command = [sys.executable, __file__, "--pictures", str(a.pictures), "--work", str(a.work), *what]
+            told = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | THREADS
+            ).stdout
+            row = {"measurement": name, "on": on} | json.loads(told.splitlines()[-1])
+            with kept.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        print(row, file=sys.stderr)
     whole, part = ({(r["measurement"], r["on"]): r for r in rows if r["n"] == n} for n in (a.pictures, a.pictures // 4))
     # On a cluster what does not grow is the start of workers: what three quarters of the pictures add is what one takes.
     added = {
