@@ -15,7 +15,7 @@ import pytest
 
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
-from contralto.data.sources import ByteReader, detect_form, read_records
+from contralto.data.sources import ByteReader, detect_form, find_blocks, read_block, read_records
 from contralto.errors import DataError
 
 from tests.conftest import COLOURS, picture
@@ -256,6 +256,44 @@ def test_files_that_cannot_be_read_are_named_with_row_and_reason(tmp_path, name,
     with pytest.raises(DataError, match=told) as caught:
         list(read_records(str(tmp_path / name)))
     assert name in str(caught.value)
+
+
+def test_a_value_nested_deeper_than_a_program_can_follow(tmp_path):
+    target = as_table(tmp_path / "data", "jsonl")
+    deep = "[" * 800 + "]" * 800
+    with target.open("a") as file:
+        file.write(f'\n{{"path": "red0.png", "class": "red", "text": {deep}, "more": {deep}}}')
+    assert len(ingest(str(target))) == len(ROWS) + 1
+
+
+def test_blocks_are_of_a_size_and_hold_what_all_of_them_hold(tmp_path):
+    for form, rows, sizes in (
+        ("folder", 5, [5, 5, 2]),
+        ("csv", 5, [5, 5, 2]),
+        ("parquet", 5, [5, 5, 2]),
+        ("tar", 5, [6, 6]),
+    ):
+        data = str(FORMS[form](tmp_path / form))
+        found = [list(read_block(block)) for block in find_blocks(data, rows=rows)]
+        assert [len(part) for part in found] == sizes
+        assert [r for part in found for r in part] == list(read_records(data))
+
+
+def test_blocks_of_tables_are_cut_where_they_hold_much_text(tmp_path):
+    rows = [{"path": "a.png", "text": "x" * 2**20} for _ in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    assert [len(b.items) for b in find_blocks(str(tmp_path / "a.jsonl"))] == [4, 4, 2]
+
+
+def test_a_store_that_does_not_answer_says_nothing_about_a_picture(tmp_path, monkeypatch):
+    root = as_folder(tmp_path / "data")
+
+    def busy(*_):
+        raise TimeoutError("the store is busy")
+
+    monkeypatch.setattr("contralto.data.sources._read_file", busy)
+    with pytest.raises(TimeoutError, match="busy"):
+        ingest(str(root))
 
 
 def test_nothing_there_and_nothing_known(tmp_path):

@@ -30,7 +30,7 @@ from contralto.data.images import (
     probe_image,
 )
 from contralto.data.manifest import CLEAN_SETS, MANIFEST_SCHEMA, SKIPPED_SCHEMA, ClassInfo, Manifest
-from contralto.data.sources import Block, Record, find_blocks, read_block, root_of
+from contralto.data.sources import MAX_DEPTH, Block, Record, find_blocks, read_block, root_of
 from contralto.errors import DataError
 
 __all__ = ["ROLES", "clean_name", "find_columns", "ingest"]
@@ -303,14 +303,16 @@ def _with_bounded_texts(record: Record, options: _Options, names: dict[str, None
     return record
 
 
-def _bounded(value: Any, limit: int) -> Any:
+def _bounded(value: Any, limit: int, depth: int = 0) -> Any:
     """A value of a text or of a list of texts, cut: all rows are held until the manifest is made."""
     if isinstance(value, (str, bytes)):
         return value[:limit]
+    if depth == MAX_DEPTH:
+        return None
     if isinstance(value, (list, tuple)):
-        return [_bounded(v, limit) for v in value[:1000]]
+        return [_bounded(v, limit, depth + 1) for v in value[:1000]]
     if isinstance(value, dict):
-        return {k: _bounded(v, limit) for k, v in islice(value.items(), 1000)}
+        return {k: _bounded(v, limit, depth + 1) for k, v in islice(value.items(), 1000)}
     return value
 
 

@@ -50,6 +50,7 @@ MAX_FILE = 64 * 2**20
 MAX_GROUP = 2 * 2**30
 BLOCK_ROWS = 1000
 BLOCK_TEXT = 4 * 2**20
+MAX_DEPTH = 50
 _PATH_COLUMNS = ("image_path", "path", "file_name", "filename", "filepath", "file", "image", "img", "key")
 _BYTE_COLUMNS = ("image", "jpg", "png", "bytes", "image_bytes", "img", "webp")
 
@@ -232,12 +233,15 @@ def _parts(found: Iterable[Any], rows: int) -> Iterator[list[Any]]:
         yield part
 
 
-def _weight(value: Any) -> int:
+def _weight(value: Any, depth: int = 0) -> int:
+    """About how many bytes of text a value holds; what is nested deeper than anybody writes is not looked at."""
     if isinstance(value, (str, bytes)):
         return len(value)
+    if depth == MAX_DEPTH:
+        return 8
     if isinstance(value, dict):
-        return sum(len(k) + _weight(v) for k, v in value.items())
-    return sum(map(_weight, value)) if isinstance(value, (list, tuple)) else 8
+        return sum(len(k) + _weight(v, depth + 1) for k, v in value.items())
+    return sum(_weight(v, depth + 1) for v in value) if isinstance(value, (list, tuple)) else 8
 
 
 def root_of(address: str) -> str:
