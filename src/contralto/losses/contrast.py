@@ -4,8 +4,8 @@ For anchor i, with similarities s (N, M), positive weights P, denominator weight
 
     l_i = sum_p P_ip * [ log( sum_j W_ij exp(s_ij / t_ij)  (+ exp(s_ip / t_ip) if coupled) ) - s_ip / t_ip ]
 
-Whether the denominator holds the positives and the anchor itself is the caller's choice, by W. This file is the dense
-form: short and obvious, it holds the whole N x M matrix.
+Whether the denominator holds the positives and the anchor itself is the caller's choice, by W. It has two forms with the same
+values: *dense* below, short and obvious, holds the whole N x M matrix; *tiled* (`losses.tiled`) never does.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
+from contralto.losses.tiled import contrast_tiled
 
-__all__ = ["Reduction", "contrast", "soft_cross_entropy"]
+__all__ = ["Form", "Reduction", "contrast", "soft_cross_entropy"]
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
+Form = Literal["auto", "dense", "tiled"]
 TileFunction = Callable[[Tensor, Tensor], Tensor]
+
+TILED_FROM = 512 * 512
+"""Entries of the matrix from which "auto" is tiled; see `benchmarks/contrast.py`."""
 
 
 def contrast(
@@ -34,6 +39,7 @@ def contrast(
     log_outside: bool = False,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    form: Form = "auto",
 ) -> Tensor:
     """Contrast every query with all keys.
 
@@ -61,6 +67,9 @@ def contrast(
     reduction : {"mean", "mean_all", "sum", "none"}
         "mean" is over the anchors that have positives, "mean_all" over all anchors; anchors without positives, or without
         anything to be compared with, count as 0.
+    form : {"auto", "dense", "tiled"}
+        "auto" is tiled from `TILED_FROM` entries of the matrix on, where it saves memory and time, and dense below. Leading
+        dimensions and second derivatives need the dense form.
 
     Returns
     -------
@@ -88,6 +97,8 @@ def contrast(
     """
     if query.shape[-1] != key.shape[-1]:
         raise UsageError(f"query and key must have the same width, got {query.shape[-1]} and {key.shape[-1]}")
+    if form not in ("auto", "dense", "tiled"):
+        raise UsageError(f'form must be "auto", "dense" or "tiled", got {form!r}')
     if reduction not in ("mean", "mean_all", "sum", "none"):
         raise UsageError(f'reduction must be "mean", "mean_all", "sum" or "none", got {reduction!r}')
     if coupled and log_outside:
@@ -99,31 +110,53 @@ def contrast(
         query, key = query.to(dtype), key.to(dtype)
         if normalize:
             query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        logits = query @ key.transpose(-1, -2) / temperature  # (..., N, M)
-        P = _dense_positives(positives, logits).detach()
-        masked = logits
-        if weights is not None:
-            W = _tile(weights, logits) if callable(weights) else weights
-            masked = logits + W.to(dtype).log()
-        # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
-        floor = torch.finfo(dtype).min
-        log_denominator = masked.clamp_min(floor).logsumexp(-1, keepdim=True)  # (..., N, 1)
-        if coupled:
-            per_pair = torch.logaddexp(log_denominator.expand_as(logits), logits) - logits
-            loss = torch.where(P > 0, P * per_pair, 0.0).sum(-1)
-            valid = (P > 0).any(-1)
-        elif log_outside:
-            loss = log_denominator.squeeze(-1) - (logits + P.log()).clamp_min(floor).logsumexp(-1)
-            valid = (P > 0).any(-1) & (masked > floor).any(-1)
+        if form == "tiled" or (form == "auto" and query.ndim == key.ndim == 2 and len(query) * len(key) >= TILED_FROM):
+            if query.ndim != 2 or key.ndim != 2:
+                raise UsageError('form="tiled" takes query (N, D) and key (M, D); leading dimensions need "dense"')
+            loss, valid = contrast_tiled(
+                query, key, positives=positives, weights=weights, temperature=temperature, coupled=coupled,
+                log_outside=log_outside, summed=reduction != "none",
+            )  # fmt: skip
         else:
-            loss = torch.where(P > 0, P * (log_denominator - logits), 0.0).sum(-1)
-            valid = (P > 0).any(-1) & (masked > floor).any(-1)
-        loss = torch.where(valid, loss, loss.new_zeros(()))
+            loss, valid = _dense(query, key, positives, weights, temperature, coupled, log_outside)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else max(valid.numel(), 1))
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    positives: Tensor | TileFunction,
+    weights: Tensor | TileFunction | None,
+    temperature: float | Tensor,
+    coupled: bool,
+    log_outside: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses (..., N) and which rows count, by the whole matrix."""
+    logits = query @ key.transpose(-1, -2) / temperature  # (..., N, M)
+    P = _dense_positives(positives, logits).detach()
+    masked = logits
+    if weights is not None:
+        W = _tile(weights, logits) if callable(weights) else weights
+        masked = logits + W.to(logits.dtype).log()
+    # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
+    floor = torch.finfo(logits.dtype).min
+    log_denominator = masked.clamp_min(floor).logsumexp(-1, keepdim=True)  # (..., N, 1)
+    if coupled:
+        per_pair = torch.logaddexp(log_denominator.expand_as(logits), logits) - logits
+        loss = torch.where(P > 0, P * per_pair, 0.0).sum(-1)
+        valid = (P > 0).any(-1)
+    elif log_outside:
+        loss = log_denominator.squeeze(-1) - (logits + P.log()).clamp_min(floor).logsumexp(-1)
+        valid = (P > 0).any(-1) & (masked > floor).any(-1)
+    else:
+        loss = torch.where(P > 0, P * (log_denominator - logits), 0.0).sum(-1)
+        valid = (P > 0).any(-1) & (masked > floor).any(-1)
+    loss = torch.where(valid, loss, loss.new_zeros(()))
+    return loss, valid
 
 
 def _tile(function: TileFunction, logits: Tensor) -> Tensor:
