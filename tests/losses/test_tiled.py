@@ -30,6 +30,7 @@ def draw(g, kind, n, m):
         "one": torch.tensor(0.3, dtype=torch.float64),
         "number": 0.2,
         "each": 0.1 + x,
+        "out": torch.randint(-1, m, (n, 2), generator=g),
         "function": lambda i, j: (i + 2 * j) % 3 == 0,
     }[kind]
 
@@ -37,14 +38,18 @@ def draw(g, kind, n, m):
 @settings(max_examples=150, deadline=None)
 @given(
     st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.sampled_from(["index", "mask", "dense", "function"]),
-    st.sampled_from(["none", "column", "mask", "dense", "function"]), st.sampled_from(["number", "one", "row", "each"]),
+    st.sampled_from(["none", "column", "mask", "dense", "out", "function"]), st.sampled_from(["number", "one", "row", "each"]),
     st.sampled_from(["", "coupled", "log_outside"]), st.sampled_from(["mean", "mean_all", "sum", "none"]),
     st.sampled_from([1.0, 1e3, 1e-3]), st.booleans(),
 )  # fmt: skip
 def test_it_equals_the_dense_form(seed, n, m, positives, weights, temperature, form, reduction, scale, learnt):
     g = torch.Generator().manual_seed(seed)
     query, key = (scale * torch.randn(r, 3, generator=g, dtype=torch.float64) for r in (n, m))
-    options = {"positives": draw(g, positives, n, m), "weights": draw(g, weights, n, m), "temperature": draw(g, temperature, n, m)}
+    options = {
+        "positives": draw(g, positives, n, m),
+        "weights": draw(g, weights, n, m),
+        "temperature": draw(g, temperature, n, m),
+    }
     upstream = torch.randn(n, generator=g, dtype=torch.float64)
     found = []
     for kind in ("dense", "tiled"):
@@ -93,7 +98,9 @@ def test_a_second_derivative_is_refused_in_words():
     with pytest.raises(UsageError, match="dense"):
         torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(UsageError, match="leading"):
-        contrast(torch.randn(2, 4, 3), torch.randn(2, 4, 3), positives=torch.zeros(2, 4, dtype=torch.long), form="tiled")
+        contrast(
+            torch.randn(2, 4, 3), torch.randn(2, 4, 3), positives=torch.zeros(2, 4, dtype=torch.long), form="tiled"
+        )
 
 
 def test_two_runs_are_equal_to_the_bit():

@@ -55,7 +55,7 @@ def contrast(
         and returns that tile of P.
     weights : Tensor or function, optional
         W, booleans or weights >= 0 that broadcast to (..., N, M), so (M,) weighs columns; default: all columns, once.
-        A function works as for `positives`.
+        Integers (..., N, E): the columns that a row leaves out of its denominator, -1 = none. A function works as for `positives`.
     temperature : float or Tensor
         t > 0, broadcast to (..., N, M): a number, (N, 1) per anchor, (M,) per key; may carry gradient.
     coupled : bool
@@ -105,6 +105,15 @@ def contrast(
         raise UsageError("coupled=True is defined for the sum of logarithms only, not with log_outside=True")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise UsageError(f"temperature must be above 0, got {temperature}")
+    if isinstance(positives, Tensor) and positives.dtype == torch.int64 and positives.shape != query.shape[:-1]:
+        raise UsageError(
+            f"positives by column must be of shape {tuple(query.shape[:-1])}, got {tuple(positives.shape)}"
+        )
+    if isinstance(weights, Tensor) and weights.dtype == torch.int64 and weights.shape[:-1] != query.shape[:-1]:
+        raise UsageError(
+            f"weights as integers name columns to leave out and must be of shape {(*query.shape[:-1], 'E')}, got "
+            f"{tuple(weights.shape)}"
+        )
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
         query, key = query.to(dtype), key.to(dtype)
@@ -140,7 +149,7 @@ def _dense(
     P = _dense_positives(positives, logits).detach()
     masked = logits
     if weights is not None:
-        W = _tile(weights, logits) if callable(weights) else weights
+        W = _dense_weights(weights, logits)
         masked = logits + W.to(logits.dtype).log()
     # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
     floor = torch.finfo(logits.dtype).min
@@ -165,14 +174,21 @@ def _tile(function: TileFunction, logits: Tensor) -> Tensor:
     return function(rows, columns).expand_as(logits)
 
 
+def _dense_weights(weights: Tensor | TileFunction, logits: Tensor) -> Tensor:
+    if not isinstance(weights, Tensor):
+        return _tile(weights, logits)
+    if weights.dtype != torch.int64:
+        return weights
+    there = torch.ones_like(logits, dtype=torch.bool)
+    # Columns of -1 change one that is not there.
+    there = torch.cat([there, there[..., :1]], -1)
+    return there.scatter(-1, torch.where(weights < 0, logits.shape[-1], weights), False)[..., :-1]
+
+
 def _dense_positives(positives: Tensor | TileFunction, logits: Tensor) -> Tensor:
     if not isinstance(positives, Tensor):
         return _tile(positives, logits).to(logits.dtype)
-    if positives.dtype in (torch.int64, torch.int32):
-        if positives.shape != logits.shape[:-1]:
-            raise UsageError(
-                f"positives by column must be of shape {tuple(logits.shape[:-1])}, got {tuple(positives.shape)}"
-            )
+    if positives.dtype == torch.int64:
         columns = torch.arange(logits.shape[-1], device=logits.device)
         return (positives.unsqueeze(-1) == columns).to(logits.dtype)
     return positives.to(logits.dtype).expand_as(logits)

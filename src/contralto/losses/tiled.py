@@ -68,25 +68,44 @@ def contrast_tiled(
     """
     t = temperature if isinstance(temperature, Tensor) else query.new_tensor(temperature)
     t = t.to(query.dtype)
-    w = weights.to(query.dtype) if isinstance(weights, Tensor) else None
-    tiles = _Tiles(positives, weights if callable(weights) and not isinstance(weights, Tensor) else None, coupled, log_outside)
+    w = out = function = None
+    if not isinstance(weights, Tensor):
+        function = weights
+    elif weights.dtype == torch.int64:
+        out = weights
+    else:
+        w = weights.to(query.dtype)
+    tiles = _Tiles(positives, out, function, coupled, log_outside)
     loss, valid = _Contrast.apply(query, key, t, w, tiles, summed)
     return loss, valid
 
 
 class _Tiles:
-    """What does not carry gradient: positives, weights by function, and the form."""
+    """What does not carry gradient: positives, columns left out (N, E), weights by function, and the form."""
 
     def __init__(
-        self, positives: Tensor | TileFunction, weight_function: TileFunction | None, coupled: bool, log_outside: bool
+        self,
+        positives: Tensor | TileFunction,
+        out: Tensor | None,
+        weight_function: TileFunction | None,
+        coupled: bool,
+        log_outside: bool,
     ) -> None:
-        self.positives, self.weight_function = positives, weight_function
+        self.positives, self.out, self.weight_function = positives, out, weight_function
         self.coupled, self.log_outside = coupled, log_outside
 
     @property
     def by_column(self) -> bool:
         """Whether a row has one positive at most, named by its column."""
-        return isinstance(self.positives, Tensor) and self.positives.dtype in (torch.int64, torch.int32)
+        return isinstance(self.positives, Tensor) and self.positives.dtype == torch.int64
+
+    def leave_out(self, logits: Tensor, start: int, stop: int) -> Tensor:
+        """The tile with what is left out at minus infinity, changed in place."""
+        if self.out is not None:
+            columns = self.out[start:stop]
+            row, place = (columns >= 0).nonzero(as_tuple=True)
+            logits[row, columns[row, place]] = -torch.inf
+        return logits
 
     def P(self, start: int, stop: int, tile: Tensor) -> Tensor:
         """Positives of some rows, dense (n, M)."""
@@ -205,7 +224,8 @@ def _quick_tile(
         torch.mm(scaled, key.T, out=logits)
     else:
         torch.addmm(bias, scaled, key.T, out=logits)
-    column = tiles.positives[start:stop].long()  # type: ignore[index]
+    tiles.leave_out(logits, start, stop)
+    column = tiles.positives[start:stop]  # type: ignore[index]
     has = column >= 0
     column = column.clamp_min(0)
     own = (scaled * key[column]).sum(1)  # without the weight of its column
@@ -222,7 +242,9 @@ def _quick_tile(
         loss, valid = log_denominator - own, has & ~nothing
     if gradients is not None:
         share[torch.arange(n, device=share.device), column] -= 1
-        factor = torch.where(valid & ~nothing, factor if upstream is None else factor * upstream, 0.0).unsqueeze(1) * inverse
+        factor = (
+            torch.where(valid & ~nothing, factor if upstream is None else factor * upstream, 0.0).unsqueeze(1) * inverse
+        )
         if bool((nothing | ~valid).any()):
             share.masked_fill_((nothing | ~valid).unsqueeze(1), 0.0)
         to_query, to_key = gradients.parts[:2]
@@ -257,6 +279,8 @@ def _tile(
         W = _part(w, start, stop)
     floor = torch.finfo(logits.dtype).min
     masked = logits if W is None else logits + W.log()
+    if tiles.out is not None:
+        masked = tiles.leave_out(masked.clone(), start, stop)
     L = masked.clamp_min(floor).logsumexp(-1, keepdim=True)
     valid = positive.any(-1)
     # c: derivative of the loss by L; rest: what else of the derivative by the logits there is.
