@@ -55,7 +55,8 @@ def contrast(
         and returns that tile of P.
     weights : Tensor or function, optional
         W, booleans or weights >= 0 that broadcast to (..., N, M), so (M,) weighs columns; default: all columns, once.
-        Integers (..., N, E): the columns that a row leaves out of its denominator, -1 = none. A function works as for `positives`.
+        Integers (..., N, E): the columns that a row leaves out of its denominator, -1 = none. A function works as for
+        `positives`.
     temperature : float or Tensor
         t > 0, broadcast to (..., N, M): a number, (N, 1) per anchor, (M,) per key; may carry gradient.
     coupled : bool

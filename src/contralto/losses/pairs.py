@@ -29,7 +29,8 @@ from contralto.losses.symmetric import clip_sum, fits_one_shift, nt_xent_sum
 from contralto.losses.tiled import tile_rows
 
 __all__ = [
-    "CLIP", "DCL", "InfoNCE", "NTXent", "SigLIP", "SupCon", "clip", "dcl", "hard_negative", "info_nce", "nt_xent", "siglip", "sup_con",
+    "CLIP", "DCL", "InfoNCE", "NTXent", "SigLIP", "SupCon",
+    "clip", "dcl", "hard_negative", "info_nce", "nt_xent", "siglip", "sup_con",
 ]  # fmt: skip
 
 SYMMETRIC_FROM = 1024
@@ -161,8 +162,8 @@ def hard_negative(
 ) -> Tensor:
     """Contrast with hard negatives and a correction for false ones (Robinson et al. 2021).
 
-    Negatives weigh ``exp(beta s / t)``, scaled to mean one; of their weighted mean, the share `tau_plus` that is expected to be of
-    the same class is taken off: ``max((mean - tau_plus exp(s+ / t)) / (1 - tau_plus), exp(-1 / t))`` of each.
+    Negatives weigh ``exp(beta s / t)``, scaled to mean one; of their weighted mean, the share `tau_plus` that is expected to
+    be of the same class is taken off: ``max((mean - tau_plus exp(s+ / t)) / (1 - tau_plus), exp(-1 / t))`` of each.
 
     Parameters
     ----------

@@ -107,7 +107,7 @@ class _Tiles:
             logits[row, columns[row, place]] = -torch.inf
         return logits
 
-    def P(self, start: int, stop: int, tile: Tensor) -> Tensor:
+    def dense(self, start: int, stop: int, tile: Tensor) -> Tensor:
         """Positives of some rows, dense (n, M)."""
         if not isinstance(self.positives, Tensor):
             return _called(self.positives, start, tile).to(tile.dtype)
@@ -269,7 +269,7 @@ def _tile(
     """The whole equation on one tile, with its derivatives."""
     t_part = _part(t, start, stop)
     logits = query @ key.T / t_part  # (n, M)
-    P = tiles.P(start, stop, logits) if not tiles.by_column else _one_hot(tiles.positives, start, stop, logits)
+    P = tiles.dense(start, stop, logits) if not tiles.by_column else _one_hot(tiles.positives, start, stop, logits)
     positive = P > 0
     P = torch.where(positive, P, 0.0)
     W = None
