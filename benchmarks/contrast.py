@@ -10,8 +10,8 @@ time; `floor` are the products alone that the loss needs (three of N x N x D for
 NT-Xent), timed in the same rounds. Memory is the most that a turn takes beyond its inputs.
 
 Peers: `plain` is the cross-entropy of the matrix, as a few lines of PyTorch; lightly, pytorch-metric-learning, solo-learn
-(NT-Xent) and open_clip (CLIP) where they are installed; who is not there, or needs more than `LIMIT_GIB` of memory, has a row that
-says so.
+(NT-Xent) and open_clip (CLIP) where they are installed; who is not there, or needs more than `LIMIT_GIB` of memory, has a row
+that says so.
 """
 
 import argparse
