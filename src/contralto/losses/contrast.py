@@ -24,7 +24,7 @@ Reduction = Literal["mean", "mean_all", "sum", "none"]
 Form = Literal["auto", "dense", "tiled"]
 TileFunction = Callable[[Tensor, Tensor], Tensor]
 
-TILED_FROM = 512 * 512
+TILED_FROM = 2048 * 2048
 """Entries of the matrix from which "auto" is tiled; see `benchmarks/contrast.py`."""
 
 

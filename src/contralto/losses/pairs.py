@@ -33,7 +33,7 @@ __all__ = [
     "clip", "dcl", "hard_negative", "info_nce", "nt_xent", "siglip", "sup_con",
 ]  # fmt: skip
 
-SYMMETRIC_FROM = 1024
+SYMMETRIC_FROM = 4096
 """Rows from which the forms of `losses.symmetric` are taken; see `benchmarks/contrast.py`."""
 
 
