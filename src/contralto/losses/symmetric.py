@@ -144,6 +144,7 @@ class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: Tensor) -> Tensor:
         shift = _bound(z, z, scale)
+        assert shift is not None
         n = len(z)
         sums = z.new_zeros(n)
         for start, stop, share in _upper(z, scale, shift):

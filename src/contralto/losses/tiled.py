@@ -269,7 +269,7 @@ def _tile(
     """The whole equation on one tile, with its derivatives."""
     t_part = _part(t, start, stop)
     logits = query @ key.T / t_part  # (n, M)
-    P = tiles.dense(start, stop, logits) if not tiles.by_column else _one_hot(tiles.positives, start, stop, logits)
+    P = tiles.dense(start, stop, logits) if not tiles.by_column else _one_hot(tiles.positives, start, stop, logits)  # type: ignore[arg-type]
     positive = P > 0
     P = torch.where(positive, P, 0.0)
     W = None
@@ -316,6 +316,6 @@ def _tile(
     return torch.where(valid, loss, 0.0), valid
 
 
-def _one_hot(column: Any, start: int, stop: int, tile: Tensor) -> Tensor:
+def _one_hot(column: Tensor, start: int, stop: int, tile: Tensor) -> Tensor:
     columns = torch.arange(tile.shape[1], device=tile.device)
     return (column[start:stop].unsqueeze(-1) == columns).to(tile.dtype)
