@@ -241,8 +241,8 @@ def sup_con(
     share = 1 / (size[kind] - 1).clamp_min(1).to(torch.promote_types(z.dtype, torch.float32))
 
     def positives(rows: Tensor, columns: Tensor) -> Tensor:
-        same: Tensor = (kind[rows] == kind[columns]) & (rows != columns)
-        return same * share[rows]
+        same = (kind[rows] == kind[columns]) & (rows != columns)
+        return torch.where(same, share[rows], 0.0)
 
     own = torch.arange(len(z), device=z.device).unsqueeze(1)
     loss = contrast(z, z, positives=positives, weights=own, temperature=temperature, reduction=reduction)
