@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from contralto import cluster
 from contralto.cli import main
 from contralto.cluster import map_blocks
 from contralto.data.ingest import ingest
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 @pytest.fixture(scope="module")
 def two_workers():
     open_shop(is_worker=False)
+    before = signal.getsignal(signal.SIGTERM)
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
     with pytest.MonkeyPatch.context() as patch:  # what workers import, and whom they tell
@@ -41,6 +44,7 @@ def two_workers():
             num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20,
             runtime_env={"worker_process_setup_hook": open_shop}, _system_config={"worker_niceness": 0},
         )  # fmt: skip
+        signal.signal(signal.SIGTERM, before)
         yield
         ray.shutdown()
 
@@ -236,3 +240,19 @@ def test_where_to_run_is_checked(monkeypatch):
     with pytest.raises(MissingExtraError, match=r"contralto\[ray\]"):
         map_blocks(len, [], on="ray")
     assert list(map_blocks(Dying, [1, 2], setup=("x",))) == [[1, {"a": 1}], [2, {"a": 2}]]
+
+
+def test_a_cluster_leaves_signals_as_they_were(monkeypatch):
+    """Ray takes SIGTERM for itself, with which a training saves its step."""
+
+    class Greedy:
+        is_initialized = staticmethod(lambda: False)
+
+        @staticmethod
+        def init(**_):
+            signal.signal(signal.SIGTERM, lambda *_: None)
+
+    monkeypatch.setattr(cluster, "_ray", Greedy)
+    before = signal.getsignal(signal.SIGTERM)
+    assert isinstance(cluster._connected("ray"), Greedy)
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -16,6 +16,10 @@ class Shop(LocalFileSystem):
     protocol = "shop"
     is_worker = False
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("shop://"))  # older versions know their own name only
+
     def _open(self, path, mode="rb", **options):
         path = self._strip_protocol(path)
         for ending in (".dies", ".fails"):

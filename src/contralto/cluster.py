@@ -7,6 +7,8 @@ in order. A result is kept once, whole, so nothing is lost or doubled.
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -82,12 +84,16 @@ def _connected(on: str) -> Any:
         raise MissingExtraError("--on ray", extra="ray") from error
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that is started here reports to nobody
+        before = signal.getsignal(signal.SIGTERM)  # Ray takes it, and a training could not save its step any more
         try:
             ray.init(address=None if on == "ray" else on, logging_level=logging.WARNING)
         except ValueError as error:  # of Ray Client, where grpc is not there
             raise MissingExtraError(f"--on {on}", extra="ray") from error
         except (ConnectionError, RuntimeError) as error:
             raise UsageError(f"no Ray cluster answers at {on}: {error}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
     return ray
 
 

@@ -278,7 +278,8 @@ def test_tags_and_right_labels_of_any_kind_train_through(tmp_path):
         rows[i + 8]["tags"] = rows[-1 - i]["colours"] = value
     with (tmp_path / "crawl.jsonl").open("w") as file:
         for i, row in enumerate(rows):
-            (tmp_path / f"{i}.png").write_bytes(row.pop("image") if i != 3 else b"<html>404</html>")
+            picture = row.pop("image")
+            (tmp_path / f"{i}.png").write_bytes(picture if i != 3 else b"<html>404</html>")
             file.write(json.dumps({"path": f"{i}.png", **row}) + "\n")
     (tmp_path / "c.yaml").write_text("red: {}\ngreen: {}\nblue: {}\nnever found: {}\n")
     arguments = TAGGED | {"epochs": 2, "definitions": tmp_path / "c.yaml"}

@@ -4,8 +4,8 @@ For anchor i, with similarities s (N, M), positive weights P, denominator weight
 
     l_i = sum_p P_ip * [ log( sum_j W_ij exp(s_ij / t_ij)  (+ exp(s_ip / t_ip) if coupled) ) - s_ip / t_ip ]
 
-Whether the denominator holds the positives and the anchor itself is the caller's choice, by W. This file is the dense
-form: short and obvious, it holds the whole N x M matrix.
+Whether the denominator holds the positives and the anchor itself is the caller's choice, by W. It has two forms with the same
+values: *dense* below, short and obvious, holds the whole N x M matrix; *tiled* (`losses.tiled`) never does.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
+from contralto.losses.tiled import contrast_tiled
 
-__all__ = ["Reduction", "contrast", "soft_cross_entropy"]
+__all__ = ["Form", "Reduction", "contrast", "soft_cross_entropy"]
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
+Form = Literal["auto", "dense", "tiled"]
 TileFunction = Callable[[Tensor, Tensor], Tensor]
+
+TILED_FROM = 2048 * 2048
+"""Entries of the matrix from which "auto" is tiled; see `benchmarks/contrast.py`."""
 
 
 def contrast(
@@ -34,6 +39,7 @@ def contrast(
     log_outside: bool = False,
     normalize: bool = True,
     reduction: Reduction = "mean",
+    form: Form = "auto",
 ) -> Tensor:
     """Contrast every query with all keys.
 
@@ -49,7 +55,8 @@ def contrast(
         and returns that tile of P.
     weights : Tensor or function, optional
         W, booleans or weights >= 0 that broadcast to (..., N, M), so (M,) weighs columns; default: all columns, once.
-        A function works as for `positives`.
+        Integers (..., N, E): the columns that a row leaves out of its denominator, -1 = none. A function works as for
+        `positives`.
     temperature : float or Tensor
         t > 0, broadcast to (..., N, M): a number, (N, 1) per anchor, (M,) per key; may carry gradient.
     coupled : bool
@@ -61,6 +68,9 @@ def contrast(
     reduction : {"mean", "mean_all", "sum", "none"}
         "mean" is over the anchors that have positives, "mean_all" over all anchors; anchors without positives, or without
         anything to be compared with, count as 0.
+    form : {"auto", "dense", "tiled"}
+        "auto" is tiled from `TILED_FROM` entries of the matrix on, where it saves memory and time, and dense below. Leading
+        dimensions and second derivatives need the dense form.
 
     Returns
     -------
@@ -88,42 +98,75 @@ def contrast(
     """
     if query.shape[-1] != key.shape[-1]:
         raise UsageError(f"query and key must have the same width, got {query.shape[-1]} and {key.shape[-1]}")
+    if form not in ("auto", "dense", "tiled"):
+        raise UsageError(f'form must be "auto", "dense" or "tiled", got {form!r}')
     if reduction not in ("mean", "mean_all", "sum", "none"):
         raise UsageError(f'reduction must be "mean", "mean_all", "sum" or "none", got {reduction!r}')
     if coupled and log_outside:
         raise UsageError("coupled=True is defined for the sum of logarithms only, not with log_outside=True")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise UsageError(f"temperature must be above 0, got {temperature}")
+    if isinstance(positives, Tensor) and positives.dtype == torch.int64 and positives.shape != query.shape[:-1]:
+        raise UsageError(
+            f"positives by column must be of shape {tuple(query.shape[:-1])}, got {tuple(positives.shape)}"
+        )
+    if isinstance(weights, Tensor) and weights.dtype == torch.int64 and weights.shape[:-1] != query.shape[:-1]:
+        raise UsageError(
+            f"weights as integers name columns to leave out and must be of shape {(*query.shape[:-1], 'E')}, got "
+            f"{tuple(weights.shape)}"
+        )
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
         query, key = query.to(dtype), key.to(dtype)
         if normalize:
             query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        logits = query @ key.transpose(-1, -2) / temperature  # (..., N, M)
-        P = _dense_positives(positives, logits).detach()
-        masked = logits
-        if weights is not None:
-            W = _tile(weights, logits) if callable(weights) else weights
-            masked = logits + W.to(dtype).log()
-        # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
-        floor = torch.finfo(dtype).min
-        log_denominator = masked.clamp_min(floor).logsumexp(-1, keepdim=True)  # (..., N, 1)
-        if coupled:
-            per_pair = torch.logaddexp(log_denominator.expand_as(logits), logits) - logits
-            loss = torch.where(P > 0, P * per_pair, 0.0).sum(-1)
-            valid = (P > 0).any(-1)
-        elif log_outside:
-            loss = log_denominator.squeeze(-1) - (logits + P.log()).clamp_min(floor).logsumexp(-1)
-            valid = (P > 0).any(-1) & (masked > floor).any(-1)
+        if form == "tiled" or (form == "auto" and query.ndim == key.ndim == 2 and len(query) * len(key) >= TILED_FROM):
+            if query.ndim != 2 or key.ndim != 2:
+                raise UsageError('form="tiled" takes query (N, D) and key (M, D); leading dimensions need "dense"')
+            loss, valid = contrast_tiled(
+                query, key, positives=positives, weights=weights, temperature=temperature, coupled=coupled,
+                log_outside=log_outside, summed=reduction != "none",
+            )  # fmt: skip
         else:
-            loss = torch.where(P > 0, P * (log_denominator - logits), 0.0).sum(-1)
-            valid = (P > 0).any(-1) & (masked > floor).any(-1)
-        loss = torch.where(valid, loss, loss.new_zeros(()))
+            loss, valid = _dense(query, key, positives, weights, temperature, coupled, log_outside)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else max(valid.numel(), 1))
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    positives: Tensor | TileFunction,
+    weights: Tensor | TileFunction | None,
+    temperature: float | Tensor,
+    coupled: bool,
+    log_outside: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses (..., N) and which rows count, by the whole matrix."""
+    logits = query @ key.transpose(-1, -2) / temperature  # (..., N, M)
+    P = _dense_positives(positives, logits).detach()
+    masked = logits
+    if weights is not None:
+        W = _dense_weights(weights, logits)
+        masked = logits + W.to(logits.dtype).log()
+    # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
+    floor = torch.finfo(logits.dtype).min
+    log_denominator = masked.clamp_min(floor).logsumexp(-1, keepdim=True)  # (..., N, 1)
+    if coupled:
+        per_pair = torch.logaddexp(log_denominator.expand_as(logits), logits) - logits
+        loss = torch.where(P > 0, P * per_pair, 0.0).sum(-1)
+        valid = (P > 0).any(-1)
+    elif log_outside:
+        loss = log_denominator.squeeze(-1) - (logits + P.log()).clamp_min(floor).logsumexp(-1)
+        valid = (P > 0).any(-1) & (masked > floor).any(-1)
+    else:
+        loss = torch.where(P > 0, P * (log_denominator - logits), 0.0).sum(-1)
+        valid = (P > 0).any(-1) & (masked > floor).any(-1)
+    loss = torch.where(valid, loss, loss.new_zeros(()))
+    return loss, valid
 
 
 def _tile(function: TileFunction, logits: Tensor) -> Tensor:
@@ -132,14 +175,21 @@ def _tile(function: TileFunction, logits: Tensor) -> Tensor:
     return function(rows, columns).expand_as(logits)
 
 
+def _dense_weights(weights: Tensor | TileFunction, logits: Tensor) -> Tensor:
+    if not isinstance(weights, Tensor):
+        return _tile(weights, logits)
+    if weights.dtype != torch.int64:
+        return weights
+    there = torch.ones_like(logits, dtype=torch.bool)
+    # Columns of -1 change one that is not there.
+    there = torch.cat([there, there[..., :1]], -1)
+    return there.scatter(-1, torch.where(weights < 0, logits.shape[-1], weights), False)[..., :-1]
+
+
 def _dense_positives(positives: Tensor | TileFunction, logits: Tensor) -> Tensor:
     if not isinstance(positives, Tensor):
         return _tile(positives, logits).to(logits.dtype)
-    if positives.dtype in (torch.int64, torch.int32):
-        if positives.shape != logits.shape[:-1]:
-            raise UsageError(
-                f"positives by column must be of shape {tuple(logits.shape[:-1])}, got {tuple(positives.shape)}"
-            )
+    if positives.dtype == torch.int64:
         columns = torch.arange(logits.shape[-1], device=logits.device)
         return (positives.unsqueeze(-1) == columns).to(logits.dtype)
     return positives.to(logits.dtype).expand_as(logits)
