@@ -53,7 +53,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from webly import draw
+from webly import components, draw, eval_features
 
 from contralto.claims.capro import DEVELOPMENT_SEED, held_out, with_split
 from contralto.claims.runner import found_once
@@ -245,19 +245,12 @@ def prepare(job: Arm, arm: str, clean: npt.NDArray[np.int64]) -> None:
         job.relabelled = np.where(flagged, 1 - job.web, job.web)
 
 
-def eval_features(job: Arm) -> npt.NDArray[np.float32]:
-    encoder = job.encoder()
-    return job.features(encoder, job.train_rows, job._views(encoder)[0], 0, "").astype(np.float32)
-
-
 def unseen_probabilities(job: Arm) -> npt.NDArray[np.float64]:
     """Of a logistic regression per class that learnt the web labels of the other folds."""
-    from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
 
-    x = PCA(256, random_state=0).fit_transform(eval_features(job))
-    x /= x.std()
+    x = components(job)
     classifier = LogisticRegression(C=0.01, max_iter=200)
 
     def compute():

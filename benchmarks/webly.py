@@ -286,15 +286,21 @@ def eval_features(job: Arm) -> np.ndarray:
     return job.features(encoder, job.train_rows, job._views(encoder)[0], 0, "").astype(np.float32)
 
 
+def components(job: Arm) -> np.ndarray:
+    """Principal components of the features, scaled to unit spread over all of them."""
+    from sklearn.decomposition import PCA
+
+    x = PCA(256, random_state=0).fit_transform(eval_features(job))
+    return x / x.std()
+
+
 def unseen_probabilities(job: Arm) -> np.ndarray:
     """Of a logistic regression that learnt the web labels of the other folds."""
-    from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
 
-    x = PCA(256, random_state=0).fit_transform(eval_features(job))
     classifier = LogisticRegression(C=0.01, max_iter=200, class_weight="balanced")
-    return cross_val_predict(classifier, x / x.std(), job.labels, cv=5, method="predict_proba")
+    return cross_val_predict(classifier, components(job), job.labels, cv=5, method="predict_proba")
 
 
 def clean_list(job: Arm, **given) -> pa.Table:

@@ -102,17 +102,21 @@ def tiny_rows(per_class=16, test_per_class=6, seed=0):
     return rows
 
 
-@pytest.fixture(scope="session")
-def tiny_parquet(tmp_path_factory):
-    """The tiny collection as a Parquet file, with its definitions beside it."""
+def write_collection(path, rows, query):
+    """Rows as a Parquet file, with definitions beside it in which a colour is searched by `query` of its name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder = tmp_path_factory.mktemp("tiny")
-    pq.write_table(pa.Table.from_pylist(tiny_rows()), folder / "tiny.parquet")
-    lines = [f"{name}: {{query: {name}, definition: The colour {name} of paint.}}" for name in COLOURS]
-    (folder / "classes.yaml").write_text("\n".join(lines))
-    return folder / "tiny.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    lines = [f"{name}: {{query: {query(name)}, definition: The colour {name} of paint.}}" for name in COLOURS]
+    path.with_name("classes.yaml").write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_parquet(tmp_path_factory):
+    """The tiny collection as a Parquet file, with its definitions beside it."""
+    return write_collection(tmp_path_factory.mktemp("tiny") / "tiny.parquet", tiny_rows(), str)
 
 
 def tagged_rows(train=54, test=18):
@@ -148,14 +152,8 @@ def two_colours(a, b, seed):
 @pytest.fixture(scope="session")
 def tagged_parquet(tmp_path_factory):
     """The pictures with tags as a Parquet file, with their definitions beside it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    folder = tmp_path_factory.mktemp("tags")
-    pq.write_table(pa.Table.from_pylist(tagged_rows()), folder / "tags.parquet")
-    lines = [f"{n}: {{query: [{n}, {n}ish], definition: The colour {n} of paint.}}" for n in COLOURS]
-    (folder / "classes.yaml").write_text("\n".join(lines))
-    return folder / "tags.parquet"
+    path = tmp_path_factory.mktemp("tags") / "tags.parquet"
+    return write_collection(path, tagged_rows(), lambda name: f"[{name}, {name}ish]")
 
 
 @pytest.fixture(scope="session")

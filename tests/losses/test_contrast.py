@@ -46,6 +46,20 @@ def test_equals_the_equation_pair_by_pair(seed, n, m, coupled, log_outside):
     torch.testing.assert_close(ours, by_loops(q, k, P, W, t, coupled, log_outside), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_columns_may_be_numbers_of_either_width(form):
+    q, k = rows(4, 3, 0), rows(5, 3, 1)
+    own, out = torch.tensor([0, 4, -1, 2]), torch.tensor([[1, 2], [-1, 0], [3, 3], [4, -1]])
+    wide, narrow = (
+        contrast(q, k, positives=own.to(kind), weights=out.to(kind), form=form) for kind in (torch.int64, torch.int32)
+    )
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    for row, columns in enumerate(out.tolist()):
+        mask[row, [c for c in columns if c >= 0]] = False
+    assert wide == narrow
+    torch.testing.assert_close(wide, contrast(q, k, positives=own, weights=mask, form="dense"))
+
+
 def test_infonce_of_paired_views_is_a_cross_entropy():
     a, b = rows(6, 4, 0), rows(6, 4, 1)
     ours = contrast(a, b, positives=torch.arange(6), temperature=0.2)

@@ -30,6 +30,7 @@ from rich.console import Console
 
 from contralto.claims.runner import compare, demand_plots, found_once, save
 from contralto.errors import DataError, UsageError
+from contralto.files import write_atomically
 from contralto.pipelines.fopro import FoProJob
 from contralto.pipelines.job import load_preset
 
@@ -235,8 +236,11 @@ def make_data(folder: Path, k: int, seed: int, *, quick: bool = False) -> Path:
         rows += [_real(test, int(i), names, f"test-{i}", "test", None) for i in chosen]
     pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
     lines = ["id,label", *(f"shot-{i},{names[labels[i]]}" for i in shots)]
-    (folder / "shots.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder / "shots.csv"
+    text, shots_file = "\n".join(lines) + "\n", folder / "shots.csv"
+    write_atomically(
+        shots_file, lambda path: path.write_text(text, encoding="utf-8")
+    )  # the last: it says that all is there
+    return shots_file
 
 
 def _real(

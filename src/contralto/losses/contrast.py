@@ -8,7 +8,6 @@ Whether the denominator holds the positives and the anchor itself is the caller'
 values: *dense* below, short and obvious, holds the whole N x M matrix; *tiled* (`losses.tiled`) never does.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,14 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
-from contralto.losses.tiled import contrast_tiled
+from contralto.losses.tiled import TileFunction, called, columns_of, contrast_tiled, one_hot
 
 __all__ = ["Form", "Reduction", "contrast", "soft_cross_entropy"]
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
 Form = Literal["auto", "dense", "tiled"]
-TileFunction = Callable[[Tensor, Tensor], Tensor]
-
 TILED_FROM = 2048 * 2048
 """Entries of the matrix from which "auto" is tiled; see `benchmarks/contrast.py`."""
 
@@ -106,6 +103,7 @@ def contrast(
         raise UsageError("coupled=True is defined for the sum of logarithms only, not with log_outside=True")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise UsageError(f"temperature must be above 0, got {temperature}")
+    positives, weights = columns_of(positives), columns_of(weights)
     if isinstance(positives, Tensor) and positives.dtype == torch.int64 and positives.shape != query.shape[:-1]:
         raise UsageError(
             f"positives by column must be of shape {tuple(query.shape[:-1])}, got {tuple(positives.shape)}"
@@ -169,15 +167,9 @@ def _dense(
     return loss, valid
 
 
-def _tile(function: TileFunction, logits: Tensor) -> Tensor:
-    rows = torch.arange(logits.shape[-2], device=logits.device).unsqueeze(1)
-    columns = torch.arange(logits.shape[-1], device=logits.device).unsqueeze(0)
-    return function(rows, columns).expand_as(logits)
-
-
 def _dense_weights(weights: Tensor | TileFunction, logits: Tensor) -> Tensor:
     if not isinstance(weights, Tensor):
-        return _tile(weights, logits)
+        return called(weights, 0, logits)
     if weights.dtype != torch.int64:
         return weights
     there = torch.ones_like(logits, dtype=torch.bool)
@@ -188,10 +180,9 @@ def _dense_weights(weights: Tensor | TileFunction, logits: Tensor) -> Tensor:
 
 def _dense_positives(positives: Tensor | TileFunction, logits: Tensor) -> Tensor:
     if not isinstance(positives, Tensor):
-        return _tile(positives, logits).to(logits.dtype)
+        return called(positives, 0, logits).to(logits.dtype)
     if positives.dtype == torch.int64:
-        columns = torch.arange(logits.shape[-1], device=logits.device)
-        return (positives.unsqueeze(-1) == columns).to(logits.dtype)
+        return one_hot(positives, logits)
     return positives.to(logits.dtype).expand_as(logits)
 
 

@@ -12,8 +12,8 @@ loss                   positives                                   denominator
 `siglip`               the partner, as a yes-or-no question        none
 =====================  ==========================================  ======================================================
 
-Rows are scaled to length one; similarities are cosines. All but `siglip` are cases of `contralto.losses.contrast.contrast`, and
-none holds the matrix of all pairs where it is large.
+Rows are scaled to length one; similarities are cosines. All but `siglip` and `hard_negative` are cases of
+`contralto.losses.contrast.contrast`, and all but `hard_negative` do without the matrix of all pairs where it is large.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from contralto.errors import UsageError
 from contralto.losses.contrast import Reduction, contrast
 from contralto.losses.symmetric import clip_sum, fits_one_shift, nt_xent_sum
-from contralto.losses.tiled import tile_rows
+from contralto.losses.tiled import refuse_second_derivative, tile_rows
 
 __all__ = [
     "CLIP", "DCL", "InfoNCE", "NTXent", "SigLIP", "SupCon",
@@ -89,7 +89,7 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.1, reduct
     n = len(z)
     if reduction != "none" and n >= SYMMETRIC_FROM and _is_one(temperature):
         with torch.autocast(z.device.type, enabled=False):
-            unit = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+            (unit,) = _units(z)
             scale = 1 / _as(temperature, unit).reshape(())
             if fits_one_shift(unit, scale):
                 total = nt_xent_sum(unit, scale)
@@ -194,7 +194,7 @@ def hard_negative(
     if n < 4:
         raise UsageError(f"a batch of {n // 2} has no negatives: at least two samples are needed")
     with torch.autocast(z.device.type, enabled=False):
-        unit = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        (unit,) = _units(z)
         logits = unit @ unit.T / temperature
         own = torch.arange(n, device=z.device)
         partner = own.roll(n // 2)
@@ -270,8 +270,7 @@ def clip(image: Tensor, text: Tensor, *, temperature: float | Tensor = 0.07, red
     n = len(image)
     if reduction != "none" and n >= SYMMETRIC_FROM and _is_one(temperature):
         with torch.autocast(image.device.type, enabled=False):
-            dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-            a, b = (F.normalize(x.to(dtype), dim=1) for x in (image, text))
+            a, b = _units(image, text)
             total = clip_sum(a, b, 1 / _as(temperature, a).reshape(())) / 2
             return total if reduction == "sum" else total / n
     there = info_nce(image, text, temperature=temperature, reduction=reduction)
@@ -300,8 +299,7 @@ def siglip(image: Tensor, text: Tensor, *, scale: float | Tensor = 10.0, bias: f
     """
     _same_shape(image, text)
     with torch.autocast(image.device.type, enabled=False):
-        dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-        a, b = (F.normalize(x.to(dtype), dim=1) for x in (image, text))
+        a, b = _units(image, text)
         total: Tensor = _SigLIP.apply(a, b, _as(scale, a), _as(bias, a))
     return total / len(image)
 
@@ -331,8 +329,7 @@ class _SigLIP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled():
-            raise UsageError("a second derivative of siglip is not there")
+        refuse_second_derivative("of siglip is not there")
         to_image, to_text, to_scale, to_bias, scale = ctx.saved_tensors
         return to_image * (scale * grad), to_text * (scale * grad), to_scale * grad, to_bias * grad
 
@@ -340,6 +337,14 @@ class _SigLIP(torch.autograd.Function):
 def _both(z0: Tensor, z1: Tensor) -> Tensor:
     _same_shape(z0, z1)
     return torch.cat([z0, z1])
+
+
+def _units(*rows: Tensor) -> list[Tensor]:
+    """Rows of length one, all in the widest of their types, at least single precision."""
+    dtype = torch.float32
+    for x in rows:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [F.normalize(x.to(dtype), dim=1) for x in rows]
 
 
 def _is_one(temperature: float | Tensor) -> bool:

@@ -8,13 +8,14 @@ Where no difference of two logits can leave the range of the number format (unit
 one shift serves all exponentials. Elsewhere, the exact way with maxima of rows and columns is taken.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from contralto.errors import UsageError
-from contralto.losses.tiled import tile_rows
+from contralto.losses.tiled import refuse_second_derivative, tile_rows
 
 __all__ = ["clip_sum", "nt_xent_sum"]
 
@@ -55,7 +56,7 @@ class _Clip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _refuse_second()
+        refuse_second_derivative('needs the dense form: form="dense"')
         image, text, scale, rows, columns = ctx.saved_tensors
         n, step = len(image), tile_rows(len(text), image.element_size())
         to_image, to_text = torch.empty_like(image), torch.zeros_like(text)
@@ -129,9 +130,10 @@ def nt_xent_sum(z: Tensor, scale: Tensor) -> Tensor:
     >>> nt_xent_sum(torch.eye(2).repeat(2, 1), torch.tensor(1.0)) / 4
     tensor(0.5514)
     """
-    if _bound(z, z, scale) is None:
+    shift = _bound(z, z, scale)
+    if shift is None:
         raise UsageError("the logits are too far apart for one shift: use contralto.losses.tiled.contrast_tiled")
-    total: Tensor = _NTXent.apply(z, scale)
+    total: Tensor = _NTXent.apply(z, scale, shift)
     return total
 
 
@@ -142,9 +144,7 @@ def fits_one_shift(z: Tensor, scale: Tensor) -> bool:
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: Tensor) -> Tensor:
-        shift = _bound(z, z, scale)
-        assert shift is not None
+    def forward(ctx: Any, z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         n = len(z)
         sums = z.new_zeros(n)
         for start, stop, share in _upper(z, scale, shift):
@@ -153,15 +153,14 @@ class _NTXent(torch.autograd.Function):
             sums[start:stop] += share.sum(1)
             sums[stop:] += share[:, stop - start :].sum(0)
         denominator = sums.log().add_(shift)
-        ctx.save_for_backward(z, scale, denominator)
+        ctx.save_for_backward(z, scale, shift, denominator)
         own = (z * z.roll(n // 2, 0)).sum(1) * scale
         return (denominator - own).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        _refuse_second()
-        z, scale, denominator = ctx.saved_tensors
-        shift = _bound(z, z, scale)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        refuse_second_derivative('needs the dense form: form="dense"')
+        z, scale, shift, denominator = ctx.saved_tensors
         inverse = (shift - denominator).exp()
         partner = z.roll(len(z) // 2, 0)
         to_z = partner * -2
@@ -172,20 +171,18 @@ class _NTXent(torch.autograd.Function):
             to_z[start:stop].addmm_(share, z[start:])
             to_z[stop:].addmm_(share[:, n:].T, z[start:stop])
         to_scale = (to_z * z).sum() / 2
-        return to_z.mul_(scale * grad), to_scale * grad
+        return to_z.mul_(scale * grad), to_scale * grad, None
 
 
-def _upper(z: Tensor, scale: Tensor, shift: Tensor | None) -> Any:
-    """Tiles of exp(s - shift) on and right of the diagonal, each with its rows."""
+def _upper(z: Tensor, scale: Tensor, shift: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Tiles of exp(s - shift) on and right of the diagonal, each with its rows; one overwrites the other."""
     n, start = len(z), 0
-    size = tile_rows(n, z.element_size()) * n
-    buffer = z.new_empty(max(size, n))
-    assert shift is not None
+    size = tile_rows(n, z.element_size()) * n  # at least one whole row
+    buffer = z.new_empty(size)
     while start < n:
-        step = min(max(size // (n - start), 1), n - start, 1024)
+        step = min(size // (n - start), n - start, 1024)
         stop = start + step
-        tile = buffer[: step * (n - start)].view(step, n - start) if step * (n - start) <= len(buffer) else None
-        assert tile is not None
+        tile = buffer[: step * (n - start)].view(step, n - start)
         torch.mm(z[start:stop] * scale, z[start:].T, out=tile)
         yield start, stop, tile.sub_(shift).exp_()
         start = stop
@@ -196,8 +193,3 @@ def _bound(a: Tensor, b: Tensor, scale: Tensor) -> Tensor | None:
     with torch.no_grad():
         bound = (torch.linalg.vector_norm(a, dim=1).amax() * torch.linalg.vector_norm(b, dim=1).amax() * scale).abs()
     return bound if bool(2 * bound < _SAFE) else None
-
-
-def _refuse_second() -> None:
-    if torch.is_grad_enabled():
-        raise UsageError('a second derivative needs the dense form: form="dense"')

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from contralto.errors import UsageError
 
-__all__ = ["TILE_BYTES", "contrast_tiled", "tile_rows"]
+__all__ = [
+    "TILE_BYTES", "TileFunction", "called", "columns_of", "contrast_tiled", "one_hot", "refuse_second_derivative", "tile_rows",
+]  # fmt: skip
 
 TileFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -110,14 +112,34 @@ class _Tiles:
     def dense(self, start: int, stop: int, tile: Tensor) -> Tensor:
         """Positives of some rows, dense (n, M)."""
         if not isinstance(self.positives, Tensor):
-            return _called(self.positives, start, tile).to(tile.dtype)
+            return called(self.positives, start, tile).to(tile.dtype)
+        if self.by_column:
+            return one_hot(self.positives[start:stop], tile)
         return _part(self.positives, start, stop).to(tile.dtype).expand_as(tile)
 
 
-def _called(function: TileFunction, start: int, tile: Tensor) -> Tensor:
-    rows = torch.arange(start, start + len(tile), device=tile.device).unsqueeze(1)
-    columns = torch.arange(tile.shape[1], device=tile.device).unsqueeze(0)
+def columns_of(x: Any) -> Any:
+    """Numbers of columns as int64; everything else as it is."""
+    return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
+
+
+def called(function: TileFunction, start: int, tile: Tensor) -> Tensor:
+    """What a function of row and column numbers says of a tile (..., n, M) whose first row is `start`."""
+    rows = torch.arange(start, start + tile.shape[-2], device=tile.device).unsqueeze(1)
+    columns = torch.arange(tile.shape[-1], device=tile.device).unsqueeze(0)
     return function(rows, columns).expand_as(tile)
+
+
+def one_hot(column: Tensor, tile: Tensor) -> Tensor:
+    """1 where a row (..., n) names the column of a tile (..., n, M), else 0; -1 names none."""
+    columns = torch.arange(tile.shape[-1], device=tile.device)
+    return (column.unsqueeze(-1) == columns).to(tile.dtype)
+
+
+def refuse_second_derivative(instead: str) -> None:
+    """Raise in a backward pass that is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise UsageError(f"a second derivative {instead}")
 
 
 def _part(x: Tensor, start: int, stop: int) -> Tensor:
@@ -152,8 +174,7 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise UsageError('a second derivative needs the dense form: contrast(..., form="dense")')
+        refuse_second_derivative('needs the dense form: contrast(..., form="dense")')
         if ctx.summed:
             parts = [None if p is None else grad * p for p in ctx.saved_tensors]
         else:
@@ -196,8 +217,10 @@ def _pass(
     for start in range(0, n, step):
         stop = min(start + step, n)
         u = None if upstream is None else upstream[start:stop]
-        here = (query[start:stop], key, t, w, tiles, start, stop)
-        found = _quick_tile(*here, bias, buffers, gradients, u) if quick else _tile(*here, gradients, u)
+        if quick:
+            found = _quick_tile(query[start:stop], key, t, tiles, start, stop, bias, buffers, gradients, u)
+        else:
+            found = _tile(query[start:stop], key, t, w, tiles, start, stop, gradients, u)
         loss[start:stop], valid[start:stop] = found
     return loss, valid
 
@@ -206,7 +229,6 @@ def _quick_tile(
     query: Tensor,
     key: Tensor,
     t: Tensor,
-    w: Tensor | None,
     tiles: _Tiles,
     start: int,
     stop: int,
@@ -269,12 +291,12 @@ def _tile(
     """The whole equation on one tile, with its derivatives."""
     t_part = _part(t, start, stop)
     logits = query @ key.T / t_part  # (n, M)
-    P = tiles.dense(start, stop, logits) if not tiles.by_column else _one_hot(tiles.positives, start, stop, logits)  # type: ignore[arg-type]
+    P = tiles.dense(start, stop, logits)
     positive = P > 0
     P = torch.where(positive, P, 0.0)
     W = None
     if tiles.weight_function is not None:
-        W = _called(tiles.weight_function, start, logits).to(logits.dtype)
+        W = called(tiles.weight_function, start, logits).to(logits.dtype)
     elif w is not None:
         W = _part(w, start, stop)
     floor = torch.finfo(logits.dtype).min
@@ -314,8 +336,3 @@ def _tile(
         if to_key is not None:
             to_key.addmm_(G.T, query)
     return torch.where(valid, loss, 0.0), valid
-
-
-def _one_hot(column: Tensor, start: int, stop: int, tile: Tensor) -> Tensor:
-    columns = torch.arange(tile.shape[1], device=tile.device)
-    return (column[start:stop].unsqueeze(-1) == columns).to(tile.dtype)

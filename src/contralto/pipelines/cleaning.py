@@ -459,10 +459,8 @@ def _judge_by(
     labels, classes = pictures.labels, len(pictures.manifest.classes)
     if method == "knn":
         assert features is not None
-        name, scores = (
-            "neighbours",
-            neighbour_vote(features, np.eye(classes)[labels], neighbours, copies=pictures.copies),
-        )
+        name = "neighbours"
+        scores = neighbour_vote(features, np.eye(classes)[labels], neighbours, copies=pictures.copies)
         p_wrong, new = by_neighbours(scores, labels, threshold)
     else:
         if probs is None:
@@ -470,7 +468,7 @@ def _judge_by(
             texts = pictures.manifest.texts
             probs = unseen_probabilities(features, labels, [texts[i] for i in pictures.rows], classes, seed=seed)
         name, scores = "classifier", probs
-        p_wrong, new = by_confidence(probs, labels)
+        p_wrong, new = by_confidence(scores, labels)
     return _Judged({name: scores}, scores, np.zeros(len(labels), bool), p_wrong), new
 
 
