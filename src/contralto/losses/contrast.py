@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses.tiled import TileFunction, called, columns_of, contrast_tiled, one_hot
+from contralto.losses.units import unit_rows
 
 __all__ = ["Form", "Reduction", "contrast", "soft_cross_entropy"]
 
@@ -116,16 +117,21 @@ def contrast(
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
         query, key = query.to(dtype), key.to(dtype)
-        if normalize:
-            query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        if form == "tiled" or (form == "auto" and query.ndim == key.ndim == 2 and len(query) * len(key) >= TILED_FROM):
-            if query.ndim != 2 or key.ndim != 2:
+        flat = query.ndim == key.ndim == 2
+        if form == "tiled" or (form == "auto" and flat):
+            if not flat:
                 raise UsageError('form="tiled" takes query (N, D) and key (M, D); leading dimensions need "dense"')
+            if normalize:
+                same = key is query
+                query = unit_rows(query)
+                key = query if same else unit_rows(key)
             loss, valid = contrast_tiled(
                 query, key, positives=positives, weights=weights, temperature=temperature, coupled=coupled,
                 log_outside=log_outside, summed=reduction != "none",
             )  # fmt: skip
         else:
+            if normalize:
+                query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
             loss, valid = _dense(query, key, positives, weights, temperature, coupled, log_outside)
     if reduction == "none":
         return loss

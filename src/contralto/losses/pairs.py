@@ -25,17 +25,14 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses.contrast import Reduction, contrast
-from contralto.losses.symmetric import clip_sum, fits_one_shift, nt_xent_sum
-from contralto.losses.tiled import refuse_second_derivative, tile_rows
+from contralto.losses.symmetric import LARGEST_SCALE, clip_sum, nt_xent_sum
+from contralto.losses.tiled import tile_rows
+from contralto.losses.units import refuse_second_derivative, unit_rows
 
 __all__ = [
     "CLIP", "DCL", "InfoNCE", "NTXent", "SigLIP", "SupCon",
     "clip", "dcl", "hard_negative", "info_nce", "nt_xent", "siglip", "sup_con",
 ]  # fmt: skip
-
-SYMMETRIC_FROM = 4096
-"""Rows from which the forms of `losses.symmetric` are taken; see `benchmarks/contrast.py`."""
-
 
 def info_nce(
     query: Tensor,
@@ -87,13 +84,11 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.1, reduct
     """
     z = _both(z0, z1)
     n = len(z)
-    if reduction != "none" and n >= SYMMETRIC_FROM and _is_one(temperature):
+    if reduction != "none" and _is_one(temperature) and float(temperature) >= 1 / LARGEST_SCALE:
         with torch.autocast(z.device.type, enabled=False):
             (unit,) = _units(z)
-            scale = 1 / _as(temperature, unit).reshape(())
-            if fits_one_shift(unit, scale):
-                total = nt_xent_sum(unit, scale)
-                return total if reduction == "sum" else total / n
+            total = nt_xent_sum(unit, 1 / _as(temperature, unit).reshape(()))
+            return total if reduction == "sum" else total / n
     own = torch.arange(n, device=z.device)
     return contrast(
         z, z, positives=own.roll(n // 2), weights=own.unsqueeze(1), temperature=temperature, reduction=reduction
@@ -268,7 +263,7 @@ def clip(image: Tensor, text: Tensor, *, temperature: float | Tensor = 0.07, red
     """
     _same_shape(image, text)
     n = len(image)
-    if reduction != "none" and n >= SYMMETRIC_FROM and _is_one(temperature):
+    if reduction != "none" and _is_one(temperature):
         with torch.autocast(image.device.type, enabled=False):
             a, b = _units(image, text)
             total = clip_sum(a, b, 1 / _as(temperature, a).reshape(())) / 2
@@ -344,7 +339,7 @@ def _units(*rows: Tensor) -> list[Tensor]:
     dtype = torch.float32
     for x in rows:
         dtype = torch.promote_types(dtype, x.dtype)
-    return [F.normalize(x.to(dtype), dim=1) for x in rows]
+    return [unit_rows(x.to(dtype)) for x in rows]
 
 
 def _is_one(temperature: float | Tensor) -> bool:
