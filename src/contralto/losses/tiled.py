@@ -29,7 +29,7 @@ def tile_rows(columns: int, itemsize: int) -> int:
     Examples
     --------
     >>> tile_rows(8192, 4)
-    256
+    768
     """
     return max(TILE_BYTES // max(columns * itemsize, 1), 1)
 
