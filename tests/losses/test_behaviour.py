@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.evaluation.representation import tolerance, uniformity
-from contralto.losses.behaviour import behaviour, hardest, penalty_distribution, penalty_entropy
+from contralto.losses.behaviour import behaviour, hardest, penalty_distribution, penalty_entropy, separation
 
 from tests.systems.webly.reference import load
 
@@ -99,6 +99,27 @@ def test_a_bank_that_holds_the_anchors_number_by_number(kind):
     torch.testing.assert_close(found, torch.stack(expected))
     found = behaviour(q, k, kind=kind, negatives=bank, own=own, temperature=t, alpha=alpha, reduction="sum")
     torch.testing.assert_close(found, torch.stack(expected).sum())
+
+
+def test_drawn_negatives_are_known_by_their_numbers():
+    q, k, bank = rows(3, 0), rows(3, 1), rows(7, 2)
+    drawn = torch.tensor([4, 1, 4, 6])  # the first query's own sample was drawn twice
+    found = behaviour(q, k, negatives=bank[drawn], numbers=drawn, own=torch.tensor([4, 0, 6]), reduction="none")
+    for i, kept in enumerate(([1, 3], [0, 1, 2, 3], [0, 1, 2])):
+        alone = behaviour(q[i : i + 1], k[i : i + 1], negatives=bank[drawn[kept]])
+        torch.testing.assert_close(found[i], alone)
+
+
+def test_separation_number_by_number():
+    q, k = rows(5, 10), rows(5, 11)
+    s = torch.tensor([[F.cosine_similarity(a, b, dim=0) for b in k] for a in q], dtype=torch.float64)
+    negatives = torch.stack([s[i][[j for j in range(5) if j != i]] for i in range(5)]).sort(1, descending=True).values
+    found = separation(q, k, temperature=0.2, nearest=2)
+    torch.testing.assert_close(found["positive"], s.diagonal().mean())
+    torch.testing.assert_close(found["nearest"], negatives[:, :2].mean())
+    torch.testing.assert_close(found["gap"], s.diagonal().mean() - negatives[:, :2].mean())
+    r = (negatives / 0.2).softmax(1)
+    torch.testing.assert_close(found["penalty_entropy"], -(r * r.log()).sum(1).mean())
 
 
 def test_negatives_that_are_not_kept_get_no_gradient():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 
-__all__ = ["Kind", "behaviour", "hardest", "penalty_distribution", "penalty_entropy"]
+__all__ = ["Kind", "behaviour", "hardest", "penalty_distribution", "penalty_entropy", "separation"]
 
 Kind = Literal["contrastive", "simple", "hard", "hard_simple"]
 
@@ -36,6 +36,7 @@ def behaviour(
     lam: float | None = None,
     negatives: Tensor | None = None,
     own: Tensor | None = None,
+    numbers: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
     """One of the four losses, of queries against their keys and negatives.
@@ -54,7 +55,9 @@ def behaviour(
     negatives : Tensor (M, D), optional
         What every query is compared with, such as a memory bank or queue; default: the keys of the other rows.
     own : Tensor (N,), optional
-        Row of `negatives` that is the query's own sample, and so none of its negatives; -1 = it is not there.
+        Which sample a query is; rows of `negatives` that are the same one are none of its negatives.
+    numbers : Tensor (M,), optional
+        Which sample a row of `negatives` is; default: its place.
     reduction : {"mean", "sum", "none"}
         Over queries.
 
@@ -82,7 +85,7 @@ def behaviour(
         else:
             others = F.normalize(negatives.to(dtype), dim=1)
         positive, similarity = (query * key).sum(1), query @ others.T
-        there = _there(similarity, own)
+        there = _there(similarity, own, numbers)
         if kind.startswith("hard"):
             there = hardest(similarity, alpha, there)
         count = there.sum(1)
@@ -169,8 +172,39 @@ def penalty_entropy(similarity: Tensor, temperature: float, positive: Tensor | N
     return torch.sum(torch.special.entr(share), 1)
 
 
-def _there(similarity: Tensor, own: Tensor | None) -> Tensor:
-    there = torch.ones_like(similarity, dtype=torch.bool)
-    if own is not None:
-        there &= torch.arange(similarity.shape[1], device=similarity.device) != own.unsqueeze(1)
-    return there
+def separation(query: Tensor, key: Tensor, *, temperature: float = 0.3, nearest: int = 10) -> dict[str, Tensor]:
+    """What the paper measures of the two views of some samples, beside uniformity and tolerance.
+
+    Parameters
+    ----------
+    query, key : Tensor (N, D)
+        Two views of the same samples; keys of the others are a query's negatives.
+    temperature : float
+        Of the penalties.
+    nearest : int
+        How many of the most similar negatives are looked at.
+
+    Returns
+    -------
+    dict
+        `positive`, mean cosine of a sample's views; `nearest`, that of a view and its most similar negatives; `gap`, their
+        difference: local separation, which grows as the temperature falls; `penalty_entropy`.
+
+    Examples
+    --------
+    >>> separation(torch.eye(3), torch.eye(3))["gap"]
+    tensor(1.)
+    """
+    similarity = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T
+    positive = similarity.diagonal().mean()
+    off = similarity.masked_fill(torch.eye(len(query), dtype=torch.bool, device=query.device), -torch.inf)
+    close = off.topk(min(nearest, len(query) - 1), dim=1).values.mean()
+    entropy = penalty_entropy(similarity, temperature).mean()
+    return {"positive": positive, "nearest": close, "gap": positive - close, "penalty_entropy": entropy}
+
+
+def _there(similarity: Tensor, own: Tensor | None, numbers: Tensor | None = None) -> Tensor:
+    if own is None:
+        return torch.ones_like(similarity, dtype=torch.bool)
+    numbers = torch.arange(similarity.shape[1], device=similarity.device) if numbers is None else numbers
+    return torch.ne(numbers, own.unsqueeze(1))

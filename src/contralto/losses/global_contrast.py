@@ -46,8 +46,8 @@ class ItemState(NamedTuple):
     temperature : Tensor
     seen : Tensor of bool
         Whether there was a visit.
-    offset : Tensor
-        Largest exponent so far; only the bimodal form as published makes use of it.
+    offset : Tensor, optional
+        Largest exponent so far; only the bimodal form as published needs it.
 
     Examples
     --------
@@ -59,7 +59,7 @@ class ItemState(NamedTuple):
     momentum: Tensor
     temperature: Tensor
     seen: Tensor
-    offset: Tensor
+    offset: Tensor | None = None
 
     @classmethod
     def start(cls, size: int, temperature: float, *, like: Tensor | None = None) -> "ItemState":
@@ -299,10 +299,12 @@ def _visit(
         kept = math.log1p(-rule.gamma) if rule.gamma < 1 else -math.inf
         running = torch.logaddexp(state.log_mean.to(batch) + kept, batch + math.log(rule.gamma))
         log_mean = torch.where(started, running, batch)
-        offset = torch.maximum(state.offset.to(batch), exponents.amax((0, 2)))
         weights = (exponents - log_mean.unsqueeze(2)).exp() / count.unsqueeze(1)
-        if published:  # its divisor is s + 1e-10, s = mean / exp(offset)
-            weights = weights / (1 + 1e-10 * (offset - log_mean).exp()).unsqueeze(2)
+        offset = state.offset
+        if offset is not None:
+            offset = torch.maximum(offset, exponents.amax((0, 2)).to(offset))
+            if published:  # its divisor is s + 1e-10, s = mean / exp(offset)
+                weights = weights / (1 + 1e-10 * (offset - log_mean).exp()).unsqueeze(2)
         gradient = log_mean + rule.rho - (weights * exponents.masked_fill(~other, 0)).sum(2)
         gradient = gradient.mean(0).clamp(-rule.clamp, rule.clamp)
         momentum, temperature = state.momentum, state.temperature
@@ -310,9 +312,7 @@ def _visit(
             momentum = (1 - rule.beta) * momentum + rule.beta * gradient.to(momentum)
             temperature = (temperature - rule.eta * momentum).clamp(rule.low, rule.high)
         over_views = log_mean.logsumexp(0) - math.log(len(log_mean))
-        after = ItemState(
-            over_views.to(state.log_mean), momentum, temperature, torch.ones_like(state.seen), offset.to(state.offset)
-        )
+        after = ItemState(over_views.to(state.log_mean), momentum, temperature, torch.ones_like(state.seen), offset)
     return (weights * values.masked_fill(~other, 0)).sum(2), after
 
 

@@ -5,7 +5,35 @@ from torch import Tensor, nn
 
 from contralto.errors import UsageError
 
-__all__ = ["PerSample"]
+__all__ = ["PerSample", "check_index", "earliest"]
+
+
+def check_index(index: Tensor, size: int) -> None:
+    """Refuse what does not name samples of a data set of this size.
+
+    Examples
+    --------
+    >>> check_index(torch.tensor([3]), 3)
+    Traceback (most recent call last):
+    contralto.errors.UsageError: index 3 is not among the 3 samples: set num_samples to their number
+    """
+    if index.ndim != 1 or index.is_floating_point():
+        raise UsageError(f"index must be integers (B,), got {index.dtype} {tuple(index.shape)}")
+    wrong = index[(index < 0) | (index >= size)]
+    if len(wrong):
+        raise UsageError(f"index {int(wrong[0])} is not among the {size} samples: set num_samples to their number")
+
+
+def earliest(index: Tensor) -> Tensor:
+    """Place (B,) at which every sample of a batch stands first: what is written twice by way of it is the same twice.
+
+    Examples
+    --------
+    >>> earliest(torch.tensor([7, 5, 7, 5]))
+    tensor([0, 1, 0, 1])
+    """
+    same = index.unsqueeze(1) == index
+    return torch.argmax(same * torch.arange(len(index), 0, -1, device=index.device), 1)
 
 
 class PerSample(nn.Module):
@@ -38,24 +66,14 @@ class PerSample(nn.Module):
 
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of what is kept of the samples `index` (B,)."""
-        self._check(index)
+        check_index(index, self.size)
         return {name: self.get_buffer(name)[index] for name in self.names}
 
     @torch.no_grad()
     def write(self, index: Tensor, **values: Tensor) -> None:
         """Keep new values (B,) of the samples `index` (B,); of a sample that is there twice, the first value is kept."""
-        self._check(index)
-        same = index.unsqueeze(1) == index
-        earliest = (same * torch.arange(len(index), 0, -1, device=index.device)).argmax(1)
+        check_index(index, self.size)
+        first = earliest(index)
         for name, value in values.items():
             buffer = self.get_buffer(name)
-            buffer[index] = value[earliest].to(buffer)
-
-    def _check(self, index: Tensor) -> None:
-        if index.ndim != 1 or index.is_floating_point():
-            raise UsageError(f"index must be integers (B,), got {index.dtype} {tuple(index.shape)}")
-        if len(index) and not bool(((index >= 0) & (index < self.size)).all()):
-            wrong = index[(index < 0) | (index >= self.size)][0]
-            raise UsageError(
-                f"index {int(wrong)} is not among the {self.size} samples: set num_samples to their number"
-            )
+            buffer[index] = value[first].to(buffer)
