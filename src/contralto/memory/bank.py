@@ -52,7 +52,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def update(self, index: Tensor, features: Tensor) -> None:
-        """Move rows of the samples `index` (B,) towards `features` (B, dim); of a sample that is there twice, the first counts."""
+        """Move rows of samples `index` (B,) towards `features` (B, dim); of a sample that is there twice, the first counts."""
         check_index(index, len(self.features))
         new = F.normalize(features.to(self.features), dim=1)
         new = F.normalize(self.rate * self.features[index] + (1 - self.rate) * new, dim=1)
