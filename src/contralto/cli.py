@@ -520,8 +520,13 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     from contralto.data.manifest import Manifest
     from contralto.review.report import write_report
 
-    manifest = Manifest.load(run / "manifest")
-    target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
+    if (run / "built.json").is_file():
+        from contralto.pipelines.embedding import report_encoder
+
+        target = report_encoder(run, out=out)
+    else:
+        manifest = Manifest.load(run / "manifest")
+        target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
     if show:
         _console().print(f"{target}, {target.stat().st_size / 2**20:.1f} MB", highlight=False)
     return {"report": str(target)}
