@@ -4,8 +4,8 @@ Several views of a picture are drawn together, the farthest ones harder (contras
 pushed away, the closest ones harder (contrastive repulsion). The two transport costs are added: no positive competes with a
 negative. Meant for data in which classes are of unequal size, and for more than two views.
 
-Contrastive Attraction and Contrastive Repulsion for Representation Learning, Zheng et al., TMLR 2023, arXiv 2105.03746. Where code
-and paper differ, `official=True` follows the code: its debiased form pushes positives apart, its queue form takes the first
+Contrastive Attraction and Contrastive Repulsion for Representation Learning, Zheng et al., TMLR 2023, arXiv 2105.03746. Where
+code and paper differ, `official=True` follows the code: its debiased form pushes positives apart, its queue form takes the first
 view's distances to the queue for all views, its MoCo v3 form with distances adds over the batch instead of averaging. The
 schedule is a cosine here, not steps of 1/10.
 """
@@ -181,9 +181,7 @@ class CACR(SelfSupervised):
         with torch.no_grad():
             key = torch.stack([gather_rows(self.key_network(view)) for view in views])
         pull = attraction(query, key, tau=self.tau_pos, alpha=self.alpha, weighing="detached").loss
-        push = queue_repulsion(
-            query, self.queue.read(), tau=self.tau_neg, beta=self.beta, official=self.official
-        ).loss
+        push = queue_repulsion(query, self.queue.read(), tau=self.tau_neg, beta=self.beta, official=self.official).loss
         self.queue.enqueue(key[-1])
         return _parts(features, pull, push)
 

@@ -121,7 +121,9 @@ class ContrastiveBehaviour(SelfSupervised):
         """Crop, flip, colours and grey, once for a bank and twice otherwise."""
         from contralto.views.batched import BatchView
 
-        view = BatchView(size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey=0.2, mean=mean, std=std)
+        view = BatchView(
+            size, scale=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, grey=0.2, mean=mean, std=std
+        )
         return [view] if self.negatives == "bank" else [view, view]
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
