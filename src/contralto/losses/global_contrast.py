@@ -68,6 +68,10 @@ class ItemState(NamedTuple):
         zero = like.new_zeros(size)
         return cls(zero - torch.inf, zero.clone(), zero + temperature, zero.bool(), zero.clone())
 
+    def kept(self) -> dict[str, Tensor]:
+        """What there is, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 @dataclass(frozen=True)
 class TemperatureRule:

@@ -10,6 +10,8 @@ use add or average the two directions (here: the mean over all 2 N rows), take t
 usual SimCLR on small sets; the paper's rates could not be looked up.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -116,7 +118,7 @@ class DecoupledContrast(SelfSupervised):
         query = gather_with_gradient(self.projector(features))
         with torch.no_grad():
             key = gather_rows(self.key_network(x1))
-        given = {"negatives": self.queue.read(), "temperature": self.temperature}
+        given: dict[str, Any] = {"negatives": self.queue.read(), "temperature": self.temperature}
         each = decoupled_info_nce(query, key, reduction="none", **given)
         coupling = each.detach().sigmoid().mean()
         if self.sigma is not None:

@@ -146,7 +146,7 @@ class ISogCLR(SelfSupervised):
         index = gather_rows(batch["index"])
         state, epoch = ItemState(**self.items.read(index)), self.done // self.steps_per_epoch
         if self.queue_size:
-            features, loss, after = self._with_queue(*views, state, self.rule(epoch))
+            features, loss, after = self._with_queue(views, state, self.rule(epoch))
         else:
             features = self.encoder(torch.cat(views))
             z0, z1 = (gather_with_gradient(z) for z in self.projector(features).chunk(2))
@@ -154,20 +154,19 @@ class ISogCLR(SelfSupervised):
             loss, after = global_contrast(
                 z0, z1, state, self.rule(epoch), index=index, restart=restart, official=self.official
             )
-        kept = {k: v for k, v in after._asdict().items() if v is not None}
-        self.items.write(index, **kept)
+        self.items.write(index, **after.kept())
         first = features[: len(views[0])].detach()
         return {"loss": loss, "features": first, "temperature": after.temperature.mean()}
 
     def _with_queue(
-        self, x0: Tensor, x1: Tensor, state: ItemState, rule: TemperatureRule
+        self, views: list[Tensor], state: ItemState, rule: TemperatureRule
     ) -> tuple[Tensor, Tensor, ItemState]:
         """The momentum network moves first, the keys go into the queue last."""
         momentum_update(self.key_network, nn.Sequential(self.encoder, self.projector), self.decay)
-        features = self.encoder(x0)
+        features = self.encoder(views[0])
         query = F.normalize(gather_with_gradient(self.projector(features)), dim=1)
         with torch.no_grad():
-            key = F.normalize(gather_rows(self.key_network(x1)), dim=1)
+            key = F.normalize(gather_rows(self.key_network(views[1])), dim=1)
         own = (query * key).sum(1, keepdim=True)
         cosine = torch.cat([own, query @ self.queue.read().to(query.dtype).T], 1)
         loss, after = queue_global_contrast(cosine, state, rule, official=self.official)
@@ -226,13 +225,12 @@ class BimodalGlobalContrast(nn.Module):
     def forward(self, image: Tensor, text: Tensor, image_index: Tensor, text_index: Tensor) -> Tensor:
         """Loss of a batch of pairs (B, D), (B, D), of all ranks together; in training, states move."""
         image, text = gather_with_gradient(image), gather_with_gradient(text)
-        indices = gather_rows(image_index), gather_rows(text_index)
-        memories = self.images, self.texts
-        states = [ItemState(**m.read(i)) for m, i in zip(memories, indices, strict=True)]
-        loss, *after = bimodal_global_contrast(
-            image, text, *states, self.rule, image_index=indices[0], text_index=indices[1], official=self.official
-        )
+        image_index, text_index = gather_rows(image_index), gather_rows(text_index)
+        loss, of_images, of_texts = bimodal_global_contrast(
+            image, text, ItemState(**self.images.read(image_index)), ItemState(**self.texts.read(text_index)), self.rule,
+            image_index=image_index, text_index=text_index, official=self.official,
+        )  # fmt: skip
         if self.training:
-            for memory, index, state in zip(memories, indices, after, strict=True):
-                memory.write(index, **state._asdict())
+            self.images.write(image_index, **of_images.kept())
+            self.texts.write(text_index, **of_texts.kept())
         return loss
