@@ -63,6 +63,8 @@ class PixPro(SelfSupervised):
     instance_temperature : float
     decay : float
         Of the momentum copy at the beginning; it rises to 1 by half a cosine over all steps.
+    crop : tuple of float
+        Smallest and largest share of the picture that a view shows.
 
     Raises
     ------
@@ -110,6 +112,7 @@ class PixPro(SelfSupervised):
         instance_weight: float = 0.0,
         instance_temperature: float = 0.2,
         decay: float = 0.99,
+        crop: tuple[float, float] = (0.08, 1.0),
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
@@ -128,7 +131,7 @@ class PixPro(SelfSupervised):
         if value_layers not in (0, 1, 2):
             raise UsageError(f"value_layers must be 0, 1 or 2, got {value_layers}")
         self.task, self.threshold, self.gamma, self.clamp, self.scale = task, threshold, gamma, clamp, scale
-        self.temperature, self.decay = temperature, decay
+        self.temperature, self.decay, self.crop = temperature, decay, crop
         self.instance, self.instance_weight, self.instance_temperature = instance, instance_weight, instance_temperature
         self.key_encoder = momentum_copy(encoder)
         # Heads that no loss uses would be parameters without gradient.
@@ -146,10 +149,10 @@ class PixPro(SelfSupervised):
                     self.predictor = mlp([dim, hidden, dim], norm="batch", kind="conv")
 
     def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
-        """BYOL's two views, with their boxes."""
-        from contralto.views.presets import byol_pair
+        """The authors' two views, as BYOL's."""
+        from contralto.views.presets import pixpro_pair
 
-        return list(byol_pair(size, mean=mean, std=std))
+        return list(pixpro_pair(size, scale=self.crop, mean=mean, std=std))
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """The feature maps (B, num_features, h, w) of all levels; usually one."""
