@@ -1,8 +1,8 @@
 """Losses of Gaussian kernels on embeddings: alignment, uniformity, joint entropy, and alignment weighted by an attribute.
 
 With the bandwidth tau, ``k(a, b) = exp(-||a - b||^2 / (2 tau))``. Alignment and uniformity are those of Wang and Isola (2020),
-whose t is 1 / (2 tau); the joint entropy is a kernel density estimate with a product kernel (k-JEM of SepCLR, Louiset et al. 2024).
-All logarithms of sums of kernels are cases of the contrast engine: they stay finite where every kernel underflows, and
+whose t is 1 / (2 tau); the joint entropy is a kernel density estimate with a product kernel (k-JEM of SepCLR, Louiset et al.
+2024). All logarithms of sums of kernels are cases of the contrast engine: they stay finite where every kernel underflows, and
 the matrix of all pairs is not kept where it is large.
 """
 
