@@ -162,26 +162,43 @@ def test_a_batch_of_one_set_has_a_finite_loss(labels):
     assert all(torch.isfinite(p.grad).all() for p in system.parameters() if p.grad is not None)
 
 
-def test_the_background_may_be_named():
-    first = build(class_names=("healthy", "sick"))
-    second = build(class_names=("ill", "well"), background="well")
+def test_the_background_may_be_named_and_is_kept_with_the_weights():
     given = batch()
+    first, second = build(), build(background="well")
+    first.take_classes(["healthy", "sick"])
+    second.take_classes(["ill", "well"])
     swapped = given | {"label": 1 - given["label"]}
     torch.testing.assert_close(first.step(given)["loss"], second.step(swapped)["loss"])
+    loaded = build(background="well")
+    with pytest.raises(UsageError, match="'well' is not known"):
+        loaded.step(swapped)
+    loaded.load_state_dict(second.state_dict())
+    assert torch.isfinite(loaded.step(swapped)["loss"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "told"),
+    ("names", "error", "told"),
     [
-        ({"class_names": ("a", "b", "c")}, DataError, "two values, got 3"),
-        ({"class_names": ("a", "b"), "background": "c"}, UsageError, "a and b; got 'c'"),
-        ({"use": "all"}, UsageError, "use must be"),
-        ({"attributes": ("ordinal",)}, UsageError, "continuous or discrete; got 'ordinal'"),
-        ({"attributes": ("discrete",)}, UsageError, "salient_dim must be 1"),
+        (["a", "b", "c"], DataError, "two values, got 3"),
+        ([], DataError, "got 0"),
+        (["a", "b"], UsageError, "a and b; got 'c'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, told):
+def test_labels_that_do_not_tell_two_sets_apart_are_refused(names, error, told):
     with pytest.raises(error, match=told):
+        build(background="c").take_classes(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"use": "all"}, "use must be"),
+        ({"attributes": ("ordinal",)}, "continuous or discrete; got 'ordinal'"),
+        ({"attributes": ("discrete",)}, "salient_dim must be 1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, told):
+    with pytest.raises(UsageError, match=told):
         build(**arguments)
 
 

@@ -54,10 +54,8 @@ class SepCLR(SelfSupervised):
     uniform_weight : float, optional
         Of both uniformities; default: 2, and 1 for the common one where there are attributes, as in the paper.
     background : str, optional
-        Which of the two classes is the background; default: the first one. Labels in a loop of one's own are 0 for the
-        background, 1 for the target.
-    class_names : sequence of str
-        Names of the labels, known to the job.
+        Name of the label that the background has; default: the first of the two. In a loop of one's own, where labels have no
+        names, 0 is the background and 1 the target.
     attributes : sequence of {"continuous", "discrete"}
         The supervised form: what kind of number each column of the batch's `attributes` (B, A) is. Coordinate k of the salient
         code then learns attribute k of the target samples. The views of a sample are its undistorted and a distorted one.
@@ -70,6 +68,8 @@ class SepCLR(SelfSupervised):
     Attributes
     ----------
     salient_encoder : nn.Module
+    background_label : Tensor ()
+        Number of the label that the background has; kept with the weights.
 
     Examples
     --------
@@ -82,6 +82,7 @@ class SepCLR(SelfSupervised):
     """
 
     needs = ("label",)
+    background_label: Tensor
 
     def __init__(
         self,
@@ -108,7 +109,6 @@ class SepCLR(SelfSupervised):
         lambda_jem: float = 10.0,
         uniform_weight: float | None = None,
         background: str | None = None,
-        class_names: Sequence[str] = (),
         attributes: Sequence[Attribute] = (),
         use: Literal["both", "common", "salient"] = "both",
         crop: float = 0.2,
@@ -126,8 +126,9 @@ class SepCLR(SelfSupervised):
             raise UsageError(f"attributes are continuous or discrete; got {unknown[0]!r}")
         if attributes and salient_dim != len(attributes):
             raise UsageError(f"every attribute has a coordinate of its own: salient_dim must be {len(attributes)}")
-        self.background = _background(background, class_names)
-        self.tau, self.beta_salient, self.beta_reg, self.lambda_jem = tau, beta_salient, beta_reg, lambda_jem
+        self.background, self.tau = background, tau
+        self.register_buffer("background_label", torch.tensor(0 if background is None else -1))
+        self.beta_salient, self.beta_reg, self.lambda_jem = beta_salient, beta_reg, lambda_jem
         self.common_weight = (1.0 if attributes else 2.0) if uniform_weight is None else uniform_weight
         self.salient_weight = 2.0 if uniform_weight is None else uniform_weight
         self.attributes, self.use, self.crop, self.jitter = tuple(attributes), use, crop, jitter
@@ -138,6 +139,25 @@ class SepCLR(SelfSupervised):
             self.salient_head = mlp([salient_dim, hidden, salient_dim], norm="batch")
 
     # Training.
+
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Find the background among the names of the labels.
+
+        Raises
+        ------
+        DataError, UsageError
+            If there are not two of them, or `background` is none of them.
+        """
+        if len(names) != 2:
+            raise DataError(
+                f"SepCLR compares two sets, background and target: the labels must have two values, got {len(names)} "
+                f"({', '.join(names[:5])}); name the column that tells the sets apart with --label_column"
+            )
+        if self.background is not None and self.background not in names:
+            raise UsageError(
+                f"background must be one of the two labels, {' and '.join(names)}; got {self.background!r}"
+            )
+        self.background_label.fill_(0 if self.background is None else list(names).index(self.background))
 
     def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
         """Two views cropped, mirrored and coloured at random; of a sample with attributes the first one is the picture itself."""
@@ -225,6 +245,8 @@ class SepCLR(SelfSupervised):
     def _target(self, batch: Batch) -> Tensor:
         """Which samples are of the target set (B,)."""
         label: Tensor = batch["label"]
+        if self.background_label < 0:
+            raise UsageError(f"which label is {self.background!r} is not known: take_classes must be told the names")
         wrong = (label != 0) & (label != 1)
         if wrong.any():
             which = batch["index"][wrong][0].item()
@@ -232,7 +254,7 @@ class SepCLR(SelfSupervised):
                 f"sample {which} has label {label[wrong][0].item()}: SepCLR needs to know of every sample whether it belongs "
                 f"to the background or to the target"
             )
-        return label != self.background
+        return label != self.background_label
 
     # What is used afterwards.
 
@@ -255,17 +277,3 @@ class SepCLR(SelfSupervised):
 
 def _mean(values: Any) -> Tensor:
     return torch.stack(list(values)).mean()
-
-
-def _background(name: str | None, classes: Sequence[str]) -> int:
-    """Number of the label that the background has."""
-    if classes and len(classes) != 2:
-        raise DataError(
-            f"SepCLR compares two sets, background and target: the labels must have two values, got {len(classes)} "
-            f"({', '.join(classes[:5])}); name the column that tells the sets apart with --label_column"
-        )
-    if name is None:
-        return 0
-    if name not in classes:
-        raise UsageError(f"background must be one of the two labels, {' and '.join(classes)}; got {name!r}")
-    return list(classes).index(name)
