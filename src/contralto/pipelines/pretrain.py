@@ -231,13 +231,15 @@ class Pretraining:
         batch = min(self.arguments["batch_size"], len(self.rows))
         names = inspect.signature(self.system.__init__).parameters
         given = {k: v for k, v in self.arguments.items() if k in names} | more
-        return self.system(
+        module = self.system(
             encoder,
             num_features=encoder.num_features,
             num_samples=len(self.rows),
             steps_per_epoch=len(self.rows) // batch,
             **given,
         )
+        module.take_classes([c.name for c in self.manifest.classes])
+        return module
 
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
