@@ -50,9 +50,10 @@ class GroupBatchSampler(Sampler[list[Key]]):
     --------
     As `batch_sampler` of a `DataLoader`:
 
-    >>> sampler = GroupBatchSampler(np.array([0, 0, 1, 1, 1, 0, 0, 2]), batch_size=2, seed=0)
-    >>> [sorted(row for _, row in batch) for batch in sampler]
-    [[0, 1], [2, 4], [5, 6]]
+    >>> groups = [0, 0, 1, 1, 1, 0, 0, 2]
+    >>> sampler = GroupBatchSampler(groups, batch_size=2, seed=0)
+    >>> [[groups[row] for _, row in batch] for batch in sampler]
+    [[0, 0], [1, 1], [0, 0]]
     """
 
     def __init__(
