@@ -19,7 +19,7 @@ from contralto.errors import ContraltoError, DataError, UsageError
 
 __all__ = ["main"]
 
-_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "stage"}
+_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "num_samples", "steps_per_epoch", "stage"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,7 +184,7 @@ def evaluate(
     split: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Measure the accuracy of a finished run on data with clean labels.
+    """Measure a finished run on data with right labels: the accuracy of a classifier, or what an encoder is worth.
 
     Args:
         run: Run folder.
@@ -198,9 +198,11 @@ def evaluate(
 
     from contralto.data.ingest import ingest
     from contralto.evaluation.classification import accuracy_interval
-    from contralto.systems.webly.model import load
+    from contralto.pipelines.embedding import Embedder, load
 
     model = load(run)
+    if isinstance(model, Embedder):
+        return _evaluate_encoder(model, data, label_column, image_column, group_column, split, show)
     if model.multilabel:
         return _evaluate_sets(model, data, label_column, image_column, split, show)
     manifest = ingest(
@@ -238,6 +240,33 @@ def evaluate(
             )
         table.add_row("top 5", _percent(result["top5"]), "")
         _console().print(table)
+    return result
+
+
+def _evaluate_encoder(
+    model: Any,
+    data: str,
+    label_column: str | None,
+    image_column: str | None,
+    group_column: str | None,
+    split: str | None,
+    show: bool,
+) -> dict[str, Any]:
+    from contralto.pipelines.embedding import evaluate_encoder
+
+    result = evaluate_encoder(
+        model, data, label_column=label_column, image_column=image_column, group_column=group_column, split=split
+    )
+    if show:
+        table = _table("", "value", "95 % interval")
+        for name, told in (("probe", "linear probe"), ("knn", "nearest neighbours")):
+            low, high = _percent(result[f"{name}_low"]), _percent(result[f"{name}_high"])
+            table.add_row(told, _percent(result[name]), f"{low} to {high}")
+        for name in ("nmi", "uniformity", "alignment", "effective_rank"):
+            table.add_row(name.replace("_", " "), f"{result[name]:.3f}", "")
+        _console().print(table)
+        told = f"{result['learnt_from']} images to learn from, {result['tested']} to test"
+        _console().print(told, highlight=False)
     return result
 
 
@@ -299,7 +328,7 @@ def predict(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.systems.webly.model import load
+    from contralto.pipelines.embedding import load
 
     model, target = load(run), out or Path("predictions.parquet")
     applied = apply_model(model, data, target, threshold=threshold, image_column=image_column, on=on)
@@ -323,7 +352,7 @@ def embed(
     on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Embed images in the space of a run's prototypes; writes Parquet with id and embedding.
+    """Embed images, by a pretrained encoder or in the space of a run's prototypes; writes Parquet with id and embedding.
 
     Args:
         run: Run folder.
@@ -333,12 +362,12 @@ def embed(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.systems.webly.model import load
+    from contralto.pipelines.embedding import load
 
     model, target = load(run), out or Path("embeddings.parquet")
     applied = apply_model(model, data, target, task="embed", image_column=image_column, on=on)
     _print_skipped(applied.skipped)
-    width = int(model.config["dim"])
+    width = len(applied.head[0]["embedding"])
     if show:
         _console().print(f"{applied.n} embeddings of width {width} in {target}", highlight=False)
     return {"n": applied.n, "width": width, "file": str(target)}
@@ -708,12 +737,16 @@ def _summary(run: Path) -> dict[str, Any]:
     with naming(run / "metrics.json"):
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    return {"run": str(run), "report": str(run / "report.html"), "system": config["system"], **metrics}
+    report = run / "report.html"
+    return {"run": str(run), "report": str(report) if report.exists() else None, "system": config["system"], **metrics}
 
 
 def _print_summary(result: dict[str, Any], seconds: float) -> None:
     from contralto.systems.registry import SYSTEMS
 
+    if "counts" not in result:
+        _print_encoder(result, seconds)
+        return
     table = _table("", "accuracy", "mean over classes", "95 % interval")
     for key, told in (("plain", "plain training"), ("model", SYSTEMS[result["system"]].title)):
         if key in result.get("test", {}):
@@ -747,6 +780,24 @@ def _print_summary(result: dict[str, Any], seconds: float) -> None:
     console.print(", ".join(f"{n} {v}" for v, n in result["counts"].items()), highlight=False)
     console.print(
         f"report: {result['report']}  ({seconds:.0f} s, {result['memory_gib']} GiB)", highlight=False, soft_wrap=True
+    )
+
+
+def _print_encoder(result: dict[str, Any], seconds: float) -> None:
+    """What a pretraining said at its end."""
+    table = _table("last epoch", "")
+    for name in ("loss", "probe", "knn"):
+        if name in result:
+            told = {"loss": "loss", "probe": "linear probe beside", "knn": "nearest neighbours"}[name]
+            table.add_row(told, f"{result[name]:.4g}" if name == "loss" else _percent(result[name]))
+    console = _console()
+    console.print(table)
+    run = result["run"]
+    console.print(
+        f"encoder: {run}/encoder  ({result['pictures']} images, {seconds:.0f} s)", highlight=False, soft_wrap=True
+    )
+    console.print(
+        f"next: contralto evaluate {run} LABELLED, contralto embed {run} IMAGES", highlight=False, soft_wrap=True
     )
 
 
