@@ -17,7 +17,7 @@ arXiv 2402.11816. The official code has the arm for CLIP only; the one for SimCL
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contralto.encoders.image import freeze
 from contralto.errors import UsageError
 from contralto.neighbors.kmeans import kmeans
 from contralto.neighbors.knn import unit_rows
@@ -64,6 +65,13 @@ class MultiStage(Wrapped):
         Scale the features of every stage to length one before they are put side by side.
     cluster_on : {"features", "projections"}
         What is clustered.
+    stage : int
+        Number of this stage; the encoders of so many stages before are part of the module, copies of `encoder` at first.
+
+    Attributes
+    ----------
+    earlier : nn.ModuleList
+        Encoders of the stages before. They learn nothing; with them, what the last stage learnt is the whole.
 
     Examples
     --------
@@ -100,6 +108,7 @@ class MultiStage(Wrapped):
         smallest: int | None = None,
         unit_stages: bool = False,
         cluster_on: Literal["features", "projections"] = "features",
+        stage: int = 0,
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
@@ -108,14 +117,23 @@ class MultiStage(Wrapped):
             queue_size=queue_size, decay=decay,
         )  # fmt: skip
         check_stages(stages, clusters, init)
+        if not 0 <= stage < stages:
+            raise UsageError(f"stage must be from 0 to {stages - 1}, got {stage}")
         if cluster_on not in ("features", "projections"):
             raise UsageError(f"cluster_on must be features or projections, got {cluster_on!r}")
         self.stages, self.clusters, self.init, self.smallest = stages, clusters, init, smallest
-        self.unit_stages, self.cluster_on = unit_stages, cluster_on
+        self.unit_stages, self.cluster_on, self.stage = unit_stages, cluster_on, stage
+        self.earlier = nn.ModuleList(copy.deepcopy(encoder) for _ in range(stage))
+        freeze(self.earlier)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The features of all stages so far, side by side (N, stages * F)."""
+        parts = [encoder(x) for encoder in self.earlier]
+        return integrate([*parts, self.learner.embed(x)], unit_stages=self.unit_stages)
 
     def to_cluster(self, x: Tensor) -> Tensor:
-        """What the samples are clustered by (N, D): features, or their projections."""
-        features = self.embed(x)
+        """What the samples are clustered by (N, D): features of this stage alone, or their projections."""
+        features = self.learner.embed(x)
         if self.cluster_on == "features":
             return features
         projections: Tensor = self.learner.projector(features)  # type: ignore[operator]
