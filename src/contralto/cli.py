@@ -562,34 +562,63 @@ def review(
 
 
 def reproduce(
-    system: str,
+    system: str | None = None,
     *,
     out: Path = Path("results/claims"),
     data: str | None = None,
-    seeds: int = 5,
+    seeds: str | None = None,
+    budget: dict[str, Any] | None = None,
+    device: str = "cpu",
     quick: bool = False,
+    jobs: int | None = None,
+    work: Path = Path("runs/claims"),
+    all: bool = False,  # noqa: A002 (the word of the command line)
+    table: bool = False,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Run the claim of a system's paper as a paired experiment, and judge it.
+    """Run the claim of a system's paper as a paired experiment, and judge it. Called again, it goes on where it stopped.
 
     Args:
-        system: Name of the system.
-        out: Folder for the JSON with all figures.
-        data: One of the claim's data sets; default: all.
-        seeds: Number of paired trainings, from seed 0.
-        quick: A small version that says nothing about the claim, for a look at the machinery.
+        system: Name of a claim, or the path of a claim's YAML file.
+        out: Folder for the JSON with all figures and the picture.
+        data: One of the claim's data sets; default: all that are there.
+        seeds: Number of paired trainings, from seed 0; or a list: 3,4 (a single one: 3,). Default: as the claim says.
+        budget: Changes to the claim's budget: --budget.steps 100.
+        device: Where arms are trained.
+        quick: A small version that says nothing about the claim and writes nothing, for a look at the machinery.
+        jobs: Processes at a time; default: one per core, and one on another device than the CPU.
+        work: Folder where finished arms are kept.
+        all: All claims, with --quick: do they run?
+        table: Write the page of all claims, docs/claims.md, from the results in --out.
     """
-    from contralto.claims.runner import get_claim, points
+    from contralto.claims.outputs import effect, measure, sides, write_page
+    from contralto.claims.runner import parse_seeds, smoke
+    from contralto.claims.runner import reproduce as run
 
-    result: dict[str, Any] = get_claim(system)(out, data=data, seeds=seeds, quick=quick, progress=show)
+    if (system is not None) + all + table != 1:
+        raise UsageError("name one system; or --all --quick; or --table")
+    if table:
+        page = write_page(out, Path("docs/claims.md"))
+        if show:
+            _console().print(str(page), highlight=False)
+        return {"page": str(page)}
+    if system is None:
+        if not quick:
+            raise UsageError("--all needs --quick; the full trainings of a claim are run one by one")
+        outcome = smoke(jobs=jobs, device=device, progress=show)
+        if show:
+            _console().print("\n".join(f"{name}: {told}" for name, told in outcome.items()), highlight=False)
+        return outcome
+    result = run(
+        system, out, data=data, seeds=parse_seeds(seeds), budget=budget, device=device, quick=quick, jobs=jobs,
+        work=work, progress=show,
+    )  # fmt: skip
     if show:
-        every = [(name, c) for name, found in result["data"].items() for c in found["comparisons"]]
-        parts = [k for k in every[0][1] if k.startswith("macro")]
-        told = ["mean over classes" if k == "macro" else f"{k.removeprefix('macro_')} classes" for k in parts]
-        table = _table("data", "method", "baseline", *told, "verdict")
-        for name, c in every:
-            table.add_row(name, c["method"], c["baseline"], *(points(c[k]) for k in parts), c["verdict"])
-        _console().print(table)
+        shown = _table("data", "compared", "measure", "effect", "verdict")
+        for name, found in result["data"].items():
+            for c in found["comparisons"]:
+                shown.add_row(name, sides(c), measure(c), effect(c), c["verdict"])
+        _console().print(shown)
         _console().print("\n".join(f"{name}: {found['verdict']}" for name, found in result["data"].items()))
     return result
 
@@ -680,6 +709,9 @@ def _parser(words: Sequence[str]) -> Any:
             sub.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these arguments")
             sub.add_argument("--preset", type=str, default=None, help="named arguments, which others go before")
             _add_job_arguments(sub, _named_system(words), _named_preset(words))
+        elif name == "reproduce":  # --all and --table name no system
+            sub.add_argument("system", type=str | None, nargs="?", default=None, help="name of a claim, or its YAML file")
+            _add_arguments(sub, function, {"show", "system"})
         elif name != "fit":
             _add_arguments(sub, function, {"show"})
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
