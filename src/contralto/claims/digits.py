@@ -19,7 +19,9 @@ from contralto.data.images import decode_image
 from contralto.errors import DataError
 from contralto.systems.selfsup.base import SelfSupervised
 
-__all__ = ["Split", "batches", "cifar", "digit_views", "digits", "features_of", "mlp_encoder", "pretrain"]
+__all__ = [
+    "Split", "batches", "cifar", "conv_encoder", "digit_views", "digits", "features_of", "mlp_encoder", "pretrain",
+]  # fmt: skip
 
 SIDE = 8
 
@@ -151,6 +153,32 @@ def mlp_encoder(sizes: tuple[int, ...] = (64, 256, 128)) -> nn.Sequential:
     for width_in, width_out in pairwise(sizes):
         layers += [nn.Linear(width_in, width_out, bias=False), nn.BatchNorm1d(width_out), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+def conv_encoder(
+    num_features: int, *, widths: tuple[int, ...] = (16, 32, 64), height: int = SIDE, width: int = SIDE
+) -> nn.Sequential:
+    """Convolutions of 3 x 3 with batch norm and ReLU, all but the first with stride 2, and a linear layer; for grey pictures.
+
+    Parameters
+    ----------
+    num_features : int
+    widths : tuple of int
+        Channels.
+    height, width : int
+        Of a picture, which comes as a vector (height * width,).
+
+    Examples
+    --------
+    >>> conv_encoder(64, height=8, width=18)(torch.zeros(2, 144)).shape
+    torch.Size([2, 64])
+    """
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, height, width))]
+    for place, (width_in, width_out) in enumerate(pairwise((1, *widths))):
+        stride = 2 if place else 1
+        layers += [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
+        height, width = -(-height // stride), -(-width // stride)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * height * width, num_features))
 
 
 def batches(
