@@ -520,8 +520,13 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     from contralto.data.manifest import Manifest
     from contralto.review.report import write_report
 
-    manifest = Manifest.load(run / "manifest")
-    target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
+    if (run / "built.json").is_file():
+        from contralto.pipelines.embedding import report_encoder
+
+        target = report_encoder(run, out=out)
+    else:
+        manifest = Manifest.load(run / "manifest")
+        target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
     if show:
         _console().print(f"{target}, {target.stat().st_size / 2**20:.1f} MB", highlight=False)
     return {"report": str(target)}
@@ -710,7 +715,9 @@ def _parser(words: Sequence[str]) -> Any:
             sub.add_argument("--preset", type=str, default=None, help="named arguments, which others go before")
             _add_job_arguments(sub, _named_system(words), _named_preset(words))
         elif name == "reproduce":  # --all and --table name no system
-            sub.add_argument("system", type=str | None, nargs="?", default=None, help="name of a claim, or its YAML file")
+            sub.add_argument(
+                "system", type=str | None, nargs="?", default=None, help="name of a claim, or its YAML file"
+            )
             _add_arguments(sub, function, {"show", "system"})
         elif name != "fit":
             _add_arguments(sub, function, {"show"})

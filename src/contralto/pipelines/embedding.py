@@ -11,7 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
+from contralto.data.manifest import Manifest
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval
@@ -24,13 +26,14 @@ from contralto.evaluation.representation import (
     uniformity,
 )
 from contralto.files import load_weights, naming
+from contralto.review.encoder import write_encoder_report
 from contralto.systems.registry import get_system
 from contralto.systems.selfsup.base import SelfSupervised
 from contralto.systems.webly.model import WebClassifier, as_tensor
 from contralto.systems.webly.model import load as load_classifier
 from contralto.views.image import EvalView, draw_views, strong_view, view_generator
 
-__all__ = ["Embedder", "evaluate_encoder", "load"]
+__all__ = ["Embedder", "evaluate_encoder", "load", "report_encoder"]
 
 Array = npt.NDArray[Any]
 CROP = 0.875
@@ -185,6 +188,28 @@ def evaluate_encoder(
         "alignment": alignment(*views),
         "effective_rank": effective_rank(parts[2]),
     }
+
+
+def report_encoder(run: str | Path, *, out: str | Path | None = None, most: int = 600, seed: int = 0) -> Path:
+    """Write the report of a finished pretraining, with at most so many of its pictures.
+
+    Examples
+    --------
+    >>> report_encoder("nowhere")
+    Traceback (most recent call last):
+    ...
+    contralto.errors.DataError: nowhere: there is no model here (config.json and model.safetensors); is the run finished?
+    """
+    model = load(run)
+    if not isinstance(model, Embedder):
+        raise UsageError(f"{run} is no pretraining")
+    manifest = Manifest.load(Path(run) / "manifest")
+    rows = np.sort(np.random.default_rng(seed).permutation(len(manifest))[:most])
+    pictures = [decode_image(manifest.read_bytes(int(row))) for row in rows]
+    names = manifest.class_names
+    labels = [names[c] if c >= 0 else "" for c in manifest.labels[rows]]
+    ids = [str(i) for i in manifest.column("id")[rows]]
+    return write_encoder_report(run, model.embed(pictures), pictures, ids, labels, out=out, seed=seed)
 
 
 def _a_fifth(groups: Array, seed: int) -> npt.NDArray[np.bool_]:

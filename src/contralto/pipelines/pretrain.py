@@ -7,6 +7,7 @@ The run folder holds `manifest/`, `pictures.npy` (decoded once, where that is sm
 import hashlib
 import inspect
 import json
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from contralto.data.manifest import Manifest
 from contralto.encoders.image import ImageEncoder, image_encoder, save_encoder
 from contralto.errors import DataError, UsageError
 from contralto.files import naming, write_json
+from contralto.pipelines.embedding import report_encoder
 from contralto.pipelines.outputs import claim_run
 from contralto.systems.registry import get_system
 from contralto.systems.selfsup.base import SelfSupervised
@@ -295,9 +297,10 @@ class Pretraining:
         facts = {k: getattr(module, k) for k in BUILT[2:]}
         write_json(self.out / "built.json", facts | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std})
         save_encoder(encoder, self.out / "encoder")
-        write_json(
-            self.out / "metrics.json", {"pictures": len(self.rows), "seconds": self.seconds} | self.last_metrics()
-        )
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}
+        write_json(self.out / "metrics.json", told | self.last_metrics())
+        report_encoder(self.out)
 
     def last_metrics(self) -> dict[str, Any]:
         """The last line of the log of the training."""
