@@ -182,7 +182,13 @@ def conv_encoder(
 
 
 def batches(
-    split: Split, *, seed: int, batch_size: int, view: Callable[[Tensor, torch.Generator], Tensor], views: int = 2
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    view: Callable[[Tensor, torch.Generator], Tensor],
+    views: int = 2,
+    rows: Callable[[int], npt.NDArray[np.int64]] | None = None,
 ) -> Callable[[int], dict[str, Any]]:
     """Step -> batch of the training part; passes over it in new orders, last incomplete batches are left out.
 
@@ -195,6 +201,8 @@ def batches(
     view : function
         Samples (B, ...) and a generator to one view of them.
     views : int
+    rows : function, optional
+        Step -> rows of its batch, where they come in another order.
 
     Examples
     --------
@@ -207,7 +215,10 @@ def batches(
 
     def make(step: int) -> dict[str, Any]:
         epoch, place = divmod(step, n // size)
-        order = np.random.default_rng([seed, 3, epoch]).permutation(n)[place * size : (place + 1) * size]
+        if rows is None:
+            order = np.random.default_rng([seed, 3, epoch]).permutation(n)[place * size : (place + 1) * size]
+        else:
+            order = rows(step)
         index = torch.from_numpy(order)
         generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 4, step]).integers(2**62)))
         x = split.train[index]

@@ -193,7 +193,9 @@ def _mean(values: Array, labels: Array | None) -> float:
 
 def _is_share(c: Comparison, found: Found) -> bool:
     """Whether the metric is right or wrong by sample, so that its mean is a share and told in points."""
-    return all(m[c.metric].ndim and np.isin(m[c.metric], (0, 1)).all() for a in (*c.method, *c.baseline) for m in found[a])
+    return all(
+        m[c.metric].ndim and np.isin(m[c.metric], (0, 1)).all() for a in (*c.method, *c.baseline) for m in found[a]
+    )
 
 
 def _summary(claim: Claim, runs: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
@@ -222,7 +224,9 @@ def _check_measured(claim: Claim, key: str, c: Comparison, arm: str, runs: Seque
                 told = f"{wanted!r} is not among the measurements of arm {arm!r}; there are: {', '.join(m)}"
                 raise claim.wrong(f"{key}.{name}", told)
             if (c.macro or c.part) and not m[wanted].ndim:
-                raise claim.wrong(f"{key}.{name}", f"{wanted!r} of arm {arm!r} is one number, not an array over test samples")
+                raise claim.wrong(
+                    f"{key}.{name}", f"{wanted!r} of arm {arm!r} is one number, not an array over test samples"
+                )
 
 
 def _check_pairs(found: Found, seeds: Sequence[int]) -> None:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contralto.claims.digits import batches, conv_encoder, digits, features_of, pretrain
-from contralto.claims.digits import Split as DigitSplit
+from contralto.claims.digits import Split, batches, conv_encoder, digits, features_of, pretrain
 from contralto.data.grouped import GroupBatchSampler
 from contralto.evaluation.representation import probe_right
 from contralto.systems.selfsup.mcl_multistage import MultiStage, stage_seed, train_in_stages
@@ -139,9 +138,9 @@ def run(
         if arm["kind"] == "untrained":
             return learner.eval()
         make = batches(
-            DigitSplit(train.pictures, torch.from_numpy(train.labels[:, 0]), test.pictures, test.pictures[:0]),
+            Split(train.pictures, torch.from_numpy(train.labels), test.pictures, torch.from_numpy(test.labels)),
             seed=learner.seed, batch_size=budget["batch_size"], view=composite_views,
-            drawn=None if codes is None else grouped(codes, learner),
+            rows=None if codes is None else grouped(codes, learner).__getitem__,
         )  # fmt: skip
 
         def counted(step: int) -> dict[str, Any]:

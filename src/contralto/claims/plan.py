@@ -82,7 +82,9 @@ class Comparison:
         >>> Comparison(("a",), "right", macro=True, part="rare").measure
         'right, mean over classes, rare'
         """
-        return ", ".join([self.metric, *(["mean over classes"] if self.macro else []), *([self.part] if self.part else [])])
+        return ", ".join(
+            [self.metric, *(["mean over classes"] if self.macro else []), *([self.part] if self.part else [])]
+        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,9 @@ def load_claim(path: str | Path) -> Claim:
     for key in ("budget", "quick"):
         values[key] = _mapping(path, key, values.get(key, {}))
     _known(path, "quick", values["quick"], set(values["budget"]))
-    values["arms"] = {k: _mapping(path, f"arms.{k}", v or {}) for k, v in _mapping(path, "arms", values["arms"]).items()}
+    values["arms"] = {
+        k: _mapping(path, f"arms.{k}", v or {}) for k, v in _mapping(path, "arms", values["arms"]).items()
+    }
     if not values["arms"]:
         raise _wrong(path, "arms", "must name at least one arm")
     values["data"] = _data(path, values["data"])
@@ -264,7 +268,9 @@ def _data(path: Path, read: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _mapping(path: Path, key: str, read: Any, known: set[str] | None = None, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+def _mapping(
+    path: Path, key: str, read: Any, known: set[str] | None = None, needed: tuple[str, ...] = ()
+) -> dict[str, Any]:
     if not isinstance(read, dict) or not all(isinstance(k, str) for k in read):
         raise _wrong(path, key, f"must be a mapping with texts as keys, got {read!r}")
     if known is not None:

@@ -170,7 +170,9 @@ def _lacking(needs: Sequence[str]) -> str | None:
     return next((n for n in needs if not folder or not (Path(folder) / n).exists()), None)
 
 
-def _note_plan(plan: Claim, names: Sequence[str], seeds: Sequence[int], budget: Mapping[str, Any], device: str, folder: Path) -> None:
+def _note_plan(
+    plan: Claim, names: Sequence[str], seeds: Sequence[int], budget: Mapping[str, Any], device: str, folder: Path
+) -> None:
     """Add what will be run, and the rule, to `plans.jsonl`, before it is run."""
     listed, file = {
         "claim": plan.file.read_text(encoding="utf-8"), "rule": RULE, "data": list(names), "seeds": list(seeds),
@@ -188,7 +190,9 @@ def _measure(
     folder: Path, console: Console,
 ) -> dict[str, dict[str, list[Any]]]:  # fmt: skip
     """Measurements by data, arm and seed; what is not there yet is run."""
-    tasks = [_task(plan, name, arm, seed, budget, device, folder) for name in names for arm in plan.arms for seed in seeds]
+    tasks = [
+        _task(plan, name, arm, seed, budget, device, folder) for name in names for arm in plan.arms for seed in seeds
+    ]
     missing = [task for task in tasks if not task.path.exists()]
     if len(missing) < len(tasks):
         console.print(
@@ -208,7 +212,9 @@ def _measure(
 
         failures = run_tasks(missing, jobs=min(jobs, len(missing)), told=told)
     if failures:
-        listed = "\n  ".join(map(str, failures[:5])) + (f"\n  and {len(failures) - 5} more" if len(failures) > 5 else "")
+        listed = "\n  ".join(map(str, failures[:5])) + (
+            f"\n  and {len(failures) - 5} more" if len(failures) > 5 else ""
+        )
         raise ContraltoError(
             f"{len(failures)} of {len(tasks)} trainings of the claim of {plan.name} failed; what was finished is kept:\n  {listed}"
         )
@@ -248,13 +254,17 @@ def _result(
     }  # fmt: skip
 
 
-def _command(plan: Claim, data: str | None, seeds: Sequence[int] | None, budget: Mapping[str, Any] | None, device: str) -> str:
+def _command(
+    plan: Claim, data: str | None, seeds: Sequence[int] | None, budget: Mapping[str, Any] | None, device: str
+) -> str:
     words = ["contralto reproduce", plan.name if plan.name in claims() else plan.file.name]
     if data is not None:
         words.append(f"--data {json.dumps(data) if ' ' in data else data}")
     if seeds is not None and list(seeds) != list(range(plan.seeds)):
         counted = list(seeds) == list(range(len(seeds)))
-        words.append(f"--seeds {len(seeds) if counted else ','.join(map(str, seeds)) + (',' if len(seeds) == 1 else '')}")
+        words.append(
+            f"--seeds {len(seeds) if counted else ','.join(map(str, seeds)) + (',' if len(seeds) == 1 else '')}"
+        )
     words += [f"--budget.{k} {v}" for k, v in (budget or {}).items()]
     words += [f"--device {device}"] if device != "cpu" else []
     return " ".join(words)

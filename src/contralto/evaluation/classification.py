@@ -143,7 +143,9 @@ def paired_interval(
     for _ in range(0, resamples, 200):
         weight = rng.multinomial(group_count, np.full(group_count, 1 / group_count), size=200).astype(float)  # (200, G)
         seed_weight = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=200) / seeds  # (200, S)
-        per_seed = _mean_over_classes((weight @ right).reshape(200, seeds, -1), (weight @ total).reshape(200, seeds, -1))
+        per_seed = _mean_over_classes(
+            (weight @ right).reshape(200, seeds, -1), (weight @ total).reshape(200, seeds, -1)
+        )
         found.append((seed_weight * per_seed).sum(1))
     of_seeds = _mean_over_classes(right.sum(0).reshape(seeds, -1), total.sum(0).reshape(seeds, -1))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
