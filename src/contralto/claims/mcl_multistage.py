@@ -1,4 +1,4 @@
-"""Two digits side by side, one of them faint: does contrast in stages learn the faint one?
+"""Two digits side by side, one of them faint: contrast in stages should learn the faint one too.
 
 A picture holds two handwritten digits (8 x 8 each, 2 columns between), the left one in full contrast, the right one in a third of
 it. What counts is how well a linear probe reads the right digit, and that the left one does not get worse. All arms take
