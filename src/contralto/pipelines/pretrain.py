@@ -247,7 +247,7 @@ class Pretraining:
             dataset,
             batch_size=min(self.arguments["batch_size"], len(sampler)),
             sampler=sampler,
-            num_workers=0 if dataset.cached else self.arguments["workers"],
+            num_workers=0 if dataset.cache is not None else self.arguments["workers"],
             collate_fn=as_it_is,
             drop_last=True,
         )
@@ -257,15 +257,14 @@ class Pretraining:
         a = self.arguments
         side = a["canvas"] or round(1.5 * size)
         cached = len(self.rows) * 3 * side**2 <= a["cache_gib"] * 2**30
-        dataset = CanvasDataset(
+        return CanvasDataset(
             lambda row: self.manifest.read_bytes(int(self.rows[row])),
             {"label": torch.from_numpy(self.labels)},
             side=side,
             cache=self.out / "pictures.npy" if cached else None,
+            name=lambda row: str(self.manifest.column("id")[int(self.rows[row])]),
+            progress=self.progress,
         )
-        if cached:
-            dataset.fill(workers=a["workers"], progress=self.progress)
-        return dataset
 
     def train(self, module: SelfSupervised, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
