@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,13 @@ class Normalize(nn.Module):
         return F.normalize(x, dim=-1)
 
 
-def mlp(sizes: Sequence[int], *, normalize: bool = False) -> nn.Sequential:
+def mlp(
+    sizes: Sequence[int],
+    *,
+    normalize: bool = False,
+    norm: Literal["none", "batch"] = "none",
+    last_norm: Literal["none", "batch", "plain"] = "none",
+) -> nn.Sequential:
     """Linear layers with ReLU between them.
 
     Parameters
@@ -28,6 +35,10 @@ def mlp(sizes: Sequence[int], *, normalize: bool = False) -> nn.Sequential:
         Widths from input to output, at least two.
     normalize : bool
         End with unit rows.
+    norm : {"none", "batch"}
+        Batch norm before every ReLU; the layer before it then has no bias.
+    last_norm : {"none", "batch", "plain"}
+        Batch norm after the last layer, learnt or "plain" (without scale and shift).
 
     Examples
     --------
@@ -42,9 +53,14 @@ def mlp(sizes: Sequence[int], *, normalize: bool = False) -> nn.Sequential:
     if len(sizes) < 2:
         raise UsageError(f"sizes must name input and output width at least, got {list(sizes)}")
     layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(sizes):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    layers.pop()
+    for width_in, width_out in pairwise(sizes[:-1]):
+        layers.append(nn.Linear(width_in, width_out, bias=norm == "none"))
+        if norm == "batch":
+            layers.append(nn.BatchNorm1d(width_out))
+        layers.append(nn.ReLU())
+    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_norm == "none"))
+    if last_norm != "none":
+        layers.append(nn.BatchNorm1d(sizes[-1], affine=last_norm == "batch"))
     if normalize:
         layers.append(Normalize())
     return nn.Sequential(*layers)
