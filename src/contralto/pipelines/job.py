@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,8 +43,8 @@ from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
 from contralto.evaluation.openset import open_set_curve
-from contralto.files import naming, remove_leftovers, save_array, write_atomically, write_json
-from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
+from contralto.files import naming, save_array, write_atomically, write_json
+from contralto.pipelines.outputs import FREE, claim_run, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
 from contralto.systems.registry import SYSTEMS
 from contralto.systems.webly.base import WeblySystem, scale_rule
@@ -54,8 +54,6 @@ from contralto.views.image import EvalView, View, strong_view, weak_view
 
 __all__ = ["Job", "load_preset", "presets_of"]
 
-FREE = ("checkpoint_every", "on")
-"""Arguments on which no result depends: a run may go on with other ones."""
 Array = npt.NDArray[Any]
 
 
@@ -67,7 +65,7 @@ def presets_of(system: str) -> list[str]:
     >>> presets_of("capro")
     ['google500', 'small', 'webvision1k']
     """
-    folder = resources.files("contralto.systems.webly").joinpath("presets", system)
+    folder = _presets(system)
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -80,9 +78,16 @@ def load_preset(name: str, system: str = "capro") -> dict[str, Any]:
     120
     """
     if name not in presets_of(system):
-        raise UsageError(f"no preset of {system} is called {name!r}: there are {', '.join(presets_of(system))}")
-    folder = resources.files("contralto.systems.webly").joinpath("presets", system)
-    return dict(yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
+        raise UsageError(
+            f"no preset of {system} is called {name!r}: there are {', '.join(presets_of(system)) or 'none'}"
+        )
+    return dict(yaml.safe_load(_presets(system).joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def _presets(system: str) -> Any:
+    """The folder of presets, beside the file of the system."""
+    group = SYSTEMS[system].path.rpartition(".")[0] if system in SYSTEMS else "contralto.systems"
+    return resources.files(group).joinpath("presets", system)
 
 
 @dataclass
@@ -173,32 +178,8 @@ class Job:
 
     def claim(self) -> None:
         """Make the folder, or make sure that it holds the same job."""
-        path = self.out / "config.json"
-        config: dict[str, Any] = {
-            "system": self.name,
-            "version": metadata.version("contralto"),
-            "data": self.data,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())},
-            "extensions": self._extensions(),
-        }
-        if path.exists() and (self.out / "manifest").exists():
-            with naming(path):
-                before = dict(json.loads(path.read_text(encoding="utf-8")))
-            ours, theirs = (
-                {k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before)
-            )
-            if before.get("data") != self.data or ours != theirs:
-                changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-                raise UsageError(
-                    f"{self.out} holds a run with other arguments ({', '.join(changed) or 'data'}): choose another --out, "
-                    f"or delete that folder"
-                )
-        elif not path.exists() and self.out.exists() and any(self.out.iterdir()):
-            raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.out)
-        write_json(self.out / "config.json", config)
-        write_json(self.out / "environment.json", environment())
+        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())}
+        claim_run(self.out, self.name, self.data, arguments, extensions=self._extensions())
         if (self.out / "seconds.json").exists():
             with naming(self.out / "seconds.json"):
                 self.seconds = dict(json.loads((self.out / "seconds.json").read_text(encoding="utf-8")))

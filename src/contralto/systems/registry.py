@@ -26,7 +26,7 @@ class System:
     path : str
         ``module:class``.
     job : str
-        ``module:class`` of the job behind ``contralto fit``.
+        ``module:class`` of the job behind ``contralto fit``; a job for many systems is made with the name of one.
     """
 
     name: str
@@ -68,6 +68,33 @@ SYSTEMS: dict[str, System] = {
             path="contralto.systems.webly.fopro:FoPro",
             job="contralto.pipelines.fopro:FoProJob",
         ),
+        System(
+            name="simclr",
+            title="SimCLR",
+            problem="encoder from unlabelled images",
+            data="images; labels are only looked at",
+            paper="A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020, arXiv 2002.05709",
+            path="contralto.systems.selfsup.simclr:SimCLR",
+            job="contralto.pipelines.pretrain:Pretraining",
+        ),
+        System(
+            name="moco",
+            title="MoCo v2",
+            problem="encoder from unlabelled images",
+            data="images; labels are only looked at",
+            paper="Improved Baselines with Momentum Contrastive Learning, 2020, arXiv 2003.04297",
+            path="contralto.systems.selfsup.moco:MoCo",
+            job="contralto.pipelines.pretrain:Pretraining",
+        ),
+        System(
+            name="byol",
+            title="BYOL",
+            problem="encoder from unlabelled images",
+            data="images; labels are only looked at",
+            paper="Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning, NeurIPS 2020, arXiv 2006.07733",
+            path="contralto.systems.selfsup.byol:BYOL",
+            job="contralto.pipelines.pretrain:Pretraining",
+        ),
     )
 }
 
@@ -91,7 +118,8 @@ def get_job(name: str) -> Any:
     >>> get_job("fopro").fit.__name__
     'fit_fopro'
     """
-    return _load(name, "job")
+    job = _load(name, "job")
+    return job if hasattr(job, "name") else job(name)
 
 
 def _load(name: str, attribute: str) -> Any:

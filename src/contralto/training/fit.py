@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from contralto import distributed
 from contralto.errors import ContraltoError, DataError, UsageError
-from contralto.files import naming, save_weights, write_atomically, write_json
+from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 
 __all__ = ["fit_stage"]
 
@@ -47,6 +46,7 @@ def fit_stage(
     checkpoint_every: int = 1000,
     progress: bool = True,
     trainer: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> LightningModule:
     """Train a module, or load or continue what the folder holds.
 
@@ -70,6 +70,8 @@ def fit_stage(
         Show a progress bar.
     trainer : mapping, optional
         Flags for `lightning.Trainer`: `accelerator`, `devices`, `precision`, `strategy`, ...
+    callbacks : sequence of Callback
+        Further ones, with what they keep in their `state_dict`.
 
     Returns
     -------
@@ -97,14 +99,13 @@ def fit_stage(
             raise UsageError(f"the training in {folder} is not finished: it needs its data")
         started = time.perf_counter()
         checkpoints = _Checkpoints(folder, loader, checkpoint_every, fingerprint)
-        _train(module, loader, folder, epochs, progress, checkpoints, dict(trainer or {}))
+        _train(module, loader, folder, epochs, progress, [*callbacks, checkpoints], dict(trainer or {}))
         if distributed.is_main():
             save_weights(module, folder / "weights.safetensors")
             write_json(folder / "done.json", {"epochs": epochs, "seconds": round(time.perf_counter() - started, 2)})
             (folder / "last.ckpt").unlink(missing_ok=True)
     else:
-        with naming(folder / "weights.safetensors"):
-            module.load_state_dict(load_file(folder / "weights.safetensors"))
+        load_weights(module, folder / "weights.safetensors")
     return module.eval()
 
 
@@ -124,13 +125,13 @@ def _train(
     folder: Path,
     epochs: int,
     progress: bool,
-    checkpoints: "_Checkpoints",
+    callbacks: list[Callback],
     flags: dict[str, Any],
 ) -> None:
     if epochs == 0:
         return
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    callbacks: list[Callback] = [checkpoints]
+    checkpoints = next(c for c in callbacks if isinstance(c, _Checkpoints))
     if progress and distributed.is_main():
         callbacks.append(_Bar(folder.name, epochs))
     if loader.worker_init_fn is None:

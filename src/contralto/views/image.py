@@ -27,6 +27,7 @@ __all__ = [
     "View",
     "change_colours",
     "draw_views",
+    "resize_image",
     "rgb_to_grey",
     "strong_view",
     "view_generator",
@@ -106,7 +107,7 @@ class View:
     def cut(self, image: Image.Image, box: Box) -> Pixels:
         """The crop at the size that comes out: (size, size, 3)."""
         top, left, height, width = map(int, box)
-        return _resize(image.crop((left, top, left + width, top + height)), self.size, self.size)
+        return resize_image(image.crop((left, top, left + width, top + height)), self.size, self.size)
 
     def finish(self, pixels: Pixels, rng: np.random.Generator) -> Tensor:
         """Draw and apply all that follows the crop: uint8 (size, size, 3) -> float32 (3, size, size), normalised."""
@@ -157,7 +158,7 @@ class EvalView:
     def cut(self, image: Image.Image, box: Box) -> Pixels:
         """The square at the size that comes out: (size, size, 3)."""
         rows, columns, top, left = self._grid(image.height, image.width)
-        return _resize(image, rows, columns)[top : top + self.size, left : left + self.size]
+        return resize_image(image, rows, columns)[top : top + self.size, left : left + self.size]
 
     def finish(self, pixels: Pixels, rng: np.random.Generator | None = None) -> Tensor:
         """uint8 (size, size, 3) -> float32 (3, size, size), normalised."""
@@ -230,7 +231,7 @@ def _cut_reduced(image: Image.Image, box: Box, factor: int, size: int) -> Pixels
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=part))  # places between pixels count
 
 
-def _resize(image: Image.Image, rows: int, columns: int) -> Pixels:
+def resize_image(image: Image.Image, rows: int, columns: int) -> Pixels:
     """Bilinear with antialias, by torch: the values of PIL within one level of 255 in a third of the time."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     resized = interpolate(pixels, size=(rows, columns), mode="bilinear", antialias=True)

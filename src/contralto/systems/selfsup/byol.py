@@ -5,7 +5,6 @@ Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning, Grill et 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from contralto.data.dataset import Batch
 from contralto.encoders.heads import mlp
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.views.batched import BatchView
 
 __all__ = ["BYOL"]
 
@@ -69,7 +69,7 @@ class BYOL(SelfSupervised):
             self.predictor = mlp([dim, hidden, dim], norm="batch")
         self.target_encoder, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
+    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
         """The paper's two views, of which the second is solarised now and then."""
         from contralto.views.presets import byol_pair
 
