@@ -198,7 +198,9 @@ def measure(loss: str, n: int, rounds: int) -> list[dict[str, Any]]:
     forms = [form for form in FORMS[loss] if n < LARGE or form != "floor"]
     rows, timed, started = [], {}, {}
     for k, form in enumerate(forms):
-        for ahead in forms[k : len(forms) if n <= 2048 else k + 1]:  # small ones begin together: they take long to import
+        for ahead in forms[
+            k : len(forms) if n <= 2048 else k + 1
+        ]:  # small ones begin together: they take long to import
             if ahead not in started:
                 started[ahead] = subprocess.Popen(
                     [sys.executable, __file__, "--worker", loss, ahead, str(n)],
