@@ -1,12 +1,14 @@
 """What several processes share: rank, gathering, broadcasting. With one process, every function is the identity."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "is_main", "mean_weight", "rank", "reduce_over_ranks", "world_size"]
+__all__ = [
+    "gather_rows", "gather_with_gradient", "is_main", "mean_weight", "rank", "reduce_over_ranks", "world_size",
+]  # fmt: skip
 
 
 def is_distributed() -> bool:
@@ -60,6 +62,37 @@ def gather_rows(x: Tensor) -> Tensor:
     dist.all_gather(parts, padded)
     there = torch.arange(max(sizes))[:, None] < torch.tensor(sizes)  # (rows, ranks)
     return torch.stack(parts, 1)[there.to(x.device)]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As `gather_rows`, but every row takes the gradients of all processes, added.
+
+    With losses that are means over local anchors, the mean over ranks of the gradients is then that of the global batch.
+
+    Examples
+    --------
+    >>> gather_with_gradient(torch.ones(2, requires_grad=True))
+    tensor([1., 1.], requires_grad=True)
+    """
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        owner = torch.full((x.shape[0],), rank(), device=x.device)
+        ctx.save_for_backward(gather_rows(owner) == rank())
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (own,) = ctx.saved_tensors
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[own]
 
 
 def mean_weight(count: Tensor) -> float:
