@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contralto.distributed import gather_rows, rank, world_size
+from contralto.distributed import gather_rows, gather_with_gradient, rank, world_size
 from contralto.errors import UsageError
 from contralto.losses.contrast import Reduction
 
@@ -256,7 +256,7 @@ def _hardest(unit: Tensor, other: Tensor, hardest: int) -> Tensor:
     own = number.unsqueeze(1) == numbers
     found = []
     for anchors, samples in zip(unit, other, strict=True):
-        keys = samples if world_size() == 1 else gather_rows(samples)
+        keys = gather_with_gradient(samples) if samples.requires_grad else gather_rows(samples)
         similarity = (anchors @ keys.T).masked_fill(own, -torch.inf)
         found.append(similarity.topk(hardest, dim=1).values.flip(1))
     return torch.stack(found)

@@ -12,8 +12,6 @@ zero, which is the encoder's business.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from contralto.encoders.heads import mlp
 from contralto.errors import UsageError
 from contralto.losses.sorting import Network, Sigmoid, groco
 from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.views.batched import BatchView
 
 __all__ = ["GroCo", "learning_rate"]
 
@@ -121,16 +120,12 @@ class GroCo(SelfSupervised):
         with self.seeded():
             self.projector = mlp([num_features, width, width, dim], norm="batch", last_norm="plain")
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
+    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
         """Large views, blurred always and rarely (then solarised now and then) in turn, and the small ones."""
-        from contralto.views.presets import byol_pair, multi_crop
+        from contralto.views.presets import groco_views
 
-        pair = byol_pair(size, mean=mean, std=std)
-        large = [replace(pair[v % 2], scale=(0.14, 1.0)) for v in range(self.full_views)]
-        if not self.small_crops:
-            return large
-        small = multi_crop(size, round(size * self.small_size), self.small_crops, mean=mean, std=std)[2:]
-        return [*large, *(replace(s, jitter=pair[0].jitter, blur_p=0.5) for s in small)]
+        small = round(size * self.small_size)
+        return groco_views(size, small, self.small_crops, count=self.full_views, mean=mean, std=std)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch; the first `full_views` views are the large ones."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
-from contralto.distributed import mean_weight
+from contralto.distributed import gather_rows, gather_with_gradient, mean_weight
 from contralto.encoders.heads import HeadKind, projection_head
 from contralto.errors import DataError, UsageError
 from contralto.losses.pairs import nt_xent, sup_con
@@ -108,14 +108,15 @@ class ProjectionHead(SelfSupervised):
         features = self.encoder(torch.cat(views))
         h = self.head(features)
         if self.objective == "nt_xent":
-            loss = nt_xent(*h.chunk(2), temperature=self.temperature)
+            z0, z1 = (gather_with_gradient(part) for part in h.chunk(2))
+            loss = nt_xent(z0, z1, temperature=self.temperature)
+        elif self.classifier is None:
+            z, labels = gather_with_gradient(h), gather_rows(self._labels(batch).repeat(len(views)))
+            loss = sup_con(z, labels, temperature=self.temperature)
         else:
             labels = self._labels(batch).repeat(len(views))
-            if self.classifier is None:
-                loss = sup_con(h, labels, temperature=self.temperature)
-            else:
-                loss = F.cross_entropy(self.classifier(h), labels)
-        return {"loss": loss * mean_weight(torch.tensor(n, device=h.device)), "features": features[:n].detach()}
+            loss = F.cross_entropy(self.classifier(h), labels) * mean_weight(torch.tensor(n, device=h.device))
+        return {"loss": loss, "features": features[:n].detach()}
 
     def representation(self, x: Tensor, *, use_head: bool = False) -> Tensor:
         """Features (N, F) before the head, or what the loss sees behind it."""
