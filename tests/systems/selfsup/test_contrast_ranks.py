@@ -1,12 +1,15 @@
-"""DCL, iSogCLR, CACR and the losses of contrastive behaviour: two processes give what one gives; saved runs go on bit by bit."""
+"""SimCLR, MoCo, BYOL, DCL, iSogCLR, CACR and the losses of contrastive behaviour: two processes give what one gives; saved runs go on bit by bit."""
 
 import pytest
 import torch
 
+from contralto.systems.selfsup.byol import BYOL
 from contralto.systems.selfsup.cacr import CACR
 from contralto.systems.selfsup.contrastive_behaviour import ContrastiveBehaviour
 from contralto.systems.selfsup.dcl import DecoupledContrast
 from contralto.systems.selfsup.isogclr import ISogCLR
+from contralto.systems.selfsup.moco import MoCo
+from contralto.systems.selfsup.simclr import SimCLR
 
 from tests.systems.selfsup import steps
 
@@ -14,6 +17,10 @@ pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
 
 QUEUE = {"queue_size": 24, "decay": 0.9}
 BUILDERS = {  # system, arguments, number of views
+    "simclr": (SimCLR, {"hidden": 7}, 2),
+    "moco": (MoCo, {"hidden": 7, **QUEUE}, 2),
+    "moco, symmetric": (MoCo, {"hidden": 7, "symmetric": True, **QUEUE}, 2),
+    "byol": (BYOL, {"hidden": 7}, 2),
     "dcl": (DecoupledContrast, {"hidden": 7}, 2),
     "dclw": (DecoupledContrast, {"hidden": 7, "sigma": 0.5}, 2),
     "dcl, queue": (DecoupledContrast, {"hidden": 7, "sigma": 0.5, **QUEUE}, 2),
