@@ -1,12 +1,14 @@
 """What several processes share: rank, gathering, broadcasting. With one process, every function is the identity."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "gather_with_gradient", "is_main", "mean_weight", "rank", "world_size"]
+__all__ = [
+    "gather_rows", "gather_with_gradient", "is_main", "mean_weight", "rank", "reduce_over_ranks", "world_size",
+]  # fmt: skip
 
 
 def is_distributed() -> bool:
@@ -106,3 +108,19 @@ def mean_weight(count: Tensor) -> float:
     total = count.detach().clone()
     dist.all_reduce(total)
     return int(count) * world_size() / max(int(total), 1)
+
+
+@torch.no_grad()
+def reduce_over_ranks(x: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
+    """The sum or maximum of a tensor of one shape over all processes, without gradient.
+
+    Examples
+    --------
+    >>> reduce_over_ranks(torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    """
+    if world_size() == 1:
+        return x
+    reduced = x.detach().clone()
+    dist.all_reduce(reduced, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return reduced

@@ -7,7 +7,7 @@ from torch import nn
 
 from contralto.encoders.features import _folded, cached_array, encode_batches
 from contralto.encoders.heads import mlp
-from contralto.encoders.image import freeze, image_encoder, save_encoder, unfreeze
+from contralto.encoders.image import concatenate, freeze, image_encoder, save_encoder, unfreeze
 from contralto.encoders.text import text_encoder
 from contralto.errors import ContraltoError, UsageError
 
@@ -75,6 +75,34 @@ def test_a_saved_encoder_is_loaded_by_its_path(tmp_path):
     again = image_encoder(str(tmp_path / "e")).eval()
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(again(x), encoder(x))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encoders_side_by_side_are_saved_and_loaded_as_one(tmp_path, normalize):
+    torch.manual_seed(0)
+    parts = [image_encoder("resnet8").eval(), image_encoder("resnet8").eval(), image_encoder("conv4").eval()]
+    both = concatenate(parts, normalize=normalize).eval()
+    x = torch.rand(4, 3, 32, 32)
+    expected = torch.cat([part.embed(x) if normalize else part(x) for part in parts], 1)
+    assert torch.equal(both(x), expected)
+    assert both.num_features == expected.shape[1]
+    save_encoder(both, tmp_path / "e")
+    again = image_encoder(str(tmp_path / "e")).eval()
+    assert torch.equal(again(x), expected)
+    assert again.name == both.name
+    nested = concatenate([again, parts[0]]).eval()
+    assert torch.equal(nested(x)[:, : both.num_features], expected)
+    save_encoder(nested, tmp_path / "n")
+    assert torch.equal(image_encoder(str(tmp_path / "n")).eval()(x), nested(x))
+    with pytest.raises(UsageError, match="several encoders already"):
+        concatenate([again, parts[0]], normalize=True)
+
+
+def test_encoders_for_other_pixels_are_not_put_together():
+    with pytest.raises(UsageError, match=r"resnet8: 32 pixels.*conv4: 64 pixels"):
+        concatenate([image_encoder("resnet8"), image_encoder("conv4", size=64)])
+    with pytest.raises(UsageError, match="at least one"):
+        concatenate([])
 
 
 def test_wrong_names_are_named():
