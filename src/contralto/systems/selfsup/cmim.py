@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
-from contralto.encoders.decoders import Decoder, Likelihood, PictureDecoder, VectorDecoder, tap
+from contralto.encoders.decoders import Decoder, Likelihood, PictureDecoder, VectorDecoder
 from contralto.errors import DataError, UsageError
 from contralto.losses.information import (
     LatentScaling,
@@ -244,8 +244,7 @@ class CMIM(SelfSupervised):
 
     def informative(self, x: Tensor) -> Tensor:
         """Hidden activations (N, H) of the decoder just before its output, at the mean of the code."""
-        mean = self.mean_code(x)
-        return self.decoder.summary(tap(self.decoder.output, lambda: self.decoder(mean)))
+        return self.decoder.hidden(self.mean_code(x), x)
 
     def embed(self, x: Tensor) -> Tensor:
         """The informative embedding, or the mean of the code where `use` says so or no decoder was trained."""
