@@ -123,7 +123,9 @@ def _scale(c: Mapping[str, Any]) -> tuple[str, str]:
 
 def _row(c: Mapping[str, Any], scale: tuple[str, str]) -> str:
     what = measure(c)
-    return sides(c).replace(" against ", "\nagainst ") + (f"\n{what}" if not scale[1].startswith(f"{scale[0]}, {what}") else "")
+    return sides(c).replace(" against ", "\nagainst ") + (
+        f"\n{what}" if not scale[1].startswith(f"{scale[0]}, {what}") else ""
+    )
 
 
 def _draw_one(axis: Any, place: int, c: Mapping[str, Any], *, decides: bool) -> None:
@@ -148,9 +150,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# The claims of the papers, as they came out here",
         "",
-        "Made by `contralto reproduce --table` from the files in [results/claims](../results/claims). Every claim is an experiment with",
-        "paired arms: the same data, split, order, views, initialisation and number of steps on the same seed. A claim that did not",
-        "come back is listed as such.",
+        "Made by `contralto reproduce --table` from the files in [results/claims](../results/claims). Every claim is an",
+        "experiment with paired arms: the same data, split, order, views, initialisation and number of steps on the same seed. A",
+        "claim that did not come back is listed as such. Effects are turned so that positive supports the claim; those on what",
+        "is right or wrong by sample are in points (hundredths).",
         "",
         *_table(("system", "claim", "data", "compared", "effect", "95 % interval", "seeds", "verdict", "command")),
     ]
@@ -159,13 +162,27 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
             for i in result["decides"]["comparisons"]:
                 c = found["comparisons"][i]
                 told = f"{sides(c)}: {measure(c)}", effect(c, "value"), effect(c, "low", "high"), str(len(c["seeds"]))
-                lines.append(_line(f"[{result['system']}](#{name})", result["claim"], data, *told, c["verdict"], f"`{result['command']}`"))
+                lines.append(
+                    _line(
+                        f"[{result['system']}](#{name})",
+                        result["claim"],
+                        data,
+                        *told,
+                        c["verdict"],
+                        f"`{result['command']}`",
+                    )
+                )
     versions = dict.fromkeys((r["rule"]["version"], r["rule"]["text"]) for r in results.values())
-    lines += ["", "Effects on what is right or wrong by sample are in points (hundredths)."]
     for version, text in versions:
         lines += ["", f"The rule (version {version}), fixed before the runs: {text}"]
     for name, result in results.items():
-        lines += ["", f"## {name}", "", f"{_sentence(result['claim'])}{' ' + result['paper'] if result['paper'] else ''}", ""]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{_sentence(result['claim'])}{' ' + result['paper'] if result['paper'] else ''}",
+            "",
+        ]
         if result["decides"]["which"] == "all" and len(result["decides"]["comparisons"]) > 1:
             lines += ["Holds if all of its gated comparisons do: " + ", ".join(
                 f"{d}: **{f['verdict']}**" for d, f in result["data"].items()) + ".", ""]  # fmt: skip
@@ -209,7 +226,9 @@ def kept_results(folder: Path) -> dict[str, Any]:
 
 
 def _mean_of(found: Mapping[str, Any], c: Mapping[str, Any], arm: str | None) -> str:
-    if arm not in found["arms"]:  # a bound has no baseline, and two arms that stand for their difference no mean of their own
+    if (
+        arm not in found["arms"]
+    ):  # a bound has no baseline, and two arms that stand for their difference no mean of their own
         return ""
     m = found["arms"][arm]["metrics"][measure(c)]
     spread = "" if m["sd"] is None else f" ± {_number(m['sd'], share=c['share'])}"

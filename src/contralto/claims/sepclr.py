@@ -2,8 +2,8 @@
 
     contralto reproduce sepclr
 
-Background: patches of scikit-learn's two photographs, 16 x 16 pixels. Target: other such patches in which a handwritten digit of
-scikit-learn is blended (half and half). The digit is the salient label; the common one is where the patch comes from, one of
+Background: patches of scikit-learn's two photographs, 16 x 16 pixels. Target: other such patches in which a handwritten digit
+of scikit-learn is blended (half and half). The digit is the salient label; the common one is where the patch comes from, one of
 four: left or right half of either photograph. Cells of the photographs, and digits, are either for training or for testing.
 
 Two convolutional encoders (32-64-64, stride 2) and codes of width 16, tau 0.5, Adam at 1e-3, batch 256, 300 steps, both beta 100:

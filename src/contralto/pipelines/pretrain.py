@@ -34,8 +34,8 @@ from contralto.training.probes import OnlineKNN, OnlineProbe
 
 __all__ = ["Pretraining"]
 
-BUILT = ("self", "encoder", "num_features", "num_samples", "steps_per_epoch")
-"""Arguments of a system that the job knows."""
+FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes")
+"""Arguments of a system that the job knows from encoder and data."""
 
 
 @dataclass
@@ -169,7 +169,9 @@ class Pretraining:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
         every = dict(inspect.signature(self.system.__init__).parameters) | dict(inspect.signature(self.fit).parameters)
-        return {k: p for k, p in every.items() if k not in (*BUILT, "data", "out", "progress", "system")}
+        return {
+            k: p for k, p in every.items() if k not in (*FACTS, "self", "encoder", "data", "out", "progress", "system")
+        }
 
     def ingest(self) -> None:
         """Read the pictures into the manifest of the run, once; take those that are to be learnt from."""
@@ -229,17 +231,16 @@ class Pretraining:
         """The system, for these pictures."""
         encoder = self.encoder()
         batch = min(self.arguments["batch_size"], len(self.rows))
+        facts = {
+            "num_features": encoder.num_features,
+            "num_samples": len(self.rows),
+            "steps_per_epoch": len(self.rows) // batch,
+            "num_classes": len(self.manifest.classes),
+        }
         names = inspect.signature(self.system.__init__).parameters
+        self.built = {k: v for k, v in facts.items() if k in names}
         given = {k: v for k, v in self.arguments.items() if k in names} | more
-        module = self.system(
-            encoder,
-            num_features=encoder.num_features,
-            num_samples=len(self.rows),
-            steps_per_epoch=len(self.rows) // batch,
-            **given,
-        )
-        module.take_classes([c.name for c in self.manifest.classes])
-        return module
+        return self.system(encoder, **self.built, **given)
 
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
@@ -249,7 +250,7 @@ class Pretraining:
             dataset,
             batch_size=min(self.arguments["batch_size"], len(sampler)),
             sampler=sampler,
-            num_workers=0 if dataset.cached else self.arguments["workers"],
+            num_workers=0 if dataset.cache is not None else self.arguments["workers"],
             collate_fn=as_it_is,
             drop_last=True,
         )
@@ -259,15 +260,14 @@ class Pretraining:
         a = self.arguments
         side = a["canvas"] or round(1.5 * size)
         cached = len(self.rows) * 3 * side**2 <= a["cache_gib"] * 2**30
-        dataset = CanvasDataset(
+        return CanvasDataset(
             lambda row: self.manifest.read_bytes(int(self.rows[row])),
             {"label": torch.from_numpy(self.labels)},
             side=side,
             cache=self.out / "pictures.npy" if cached else None,
+            name=lambda row: str(self.manifest.column("id")[int(self.rows[row])]),
+            progress=self.progress,
         )
-        if cached:
-            dataset.fill(workers=a["workers"], progress=self.progress)
-        return dataset
 
     def train(self, module: SelfSupervised, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
@@ -294,10 +294,11 @@ class Pretraining:
 
     def finish(self) -> None:
         """Keep what is needed to embed pictures, the encoder by itself, and what the training said."""
-        module, encoder = self.module, self.module.encoder
+        encoder = self.module.encoder
         assert isinstance(encoder, ImageEncoder)
-        facts = {k: getattr(module, k) for k in BUILT[2:]}
-        write_json(self.out / "built.json", facts | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std})
+        write_json(
+            self.out / "built.json", self.built | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std}
+        )
         save_encoder(encoder, self.out / "encoder")
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from contralto.data.dataset import Batch
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.systems.optim import LARS, warmup_cosine
+from contralto.views.batched import BatchView, draw_batch
 
 __all__ = ["Optimizer", "SelfSupervised"]
 
@@ -101,7 +102,9 @@ class SelfSupervised(LightningModule):
 
     # What a system says of itself.
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """The views of a picture that a step wants; here SimCLR's two."""
         from contralto.views.presets import simclr_pair
 
@@ -162,11 +165,9 @@ class SelfSupervised(LightningModule):
         """Draw the views of a batch of `pictures`, on the device that trains."""
         if "pictures" not in batch:
             return batch
-        from contralto.views.batched import draw_batch
-
         views = self.views(self.encoder.size, self.encoder.mean, self.encoder.std)  # type: ignore[arg-type]
         pixels, boxes = draw_batch(
-            views, batch["pictures"], batch["sizes"], seed=self.seed, epoch=int(batch["epoch"]), index=batch["index"]
+            views, batch["pictures"], batch["sizes"], seed=self.seed, epoch=batch["epoch"], index=batch["index"]
         )
         return {"views": pixels, "boxes": boxes} | {
             k: v for k, v in batch.items() if k not in ("pictures", "sizes", "epoch")
