@@ -102,7 +102,9 @@ class SelfSupervised(LightningModule):
 
     # What a system says of itself.
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """The views of a picture that a step wants; here SimCLR's two."""
         from contralto.views.presets import simclr_pair
 

@@ -69,7 +69,9 @@ class BYOL(SelfSupervised):
             self.predictor = mlp([dim, hidden, dim], norm="batch")
         self.target_encoder, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """The paper's two views, of which the second is solarised now and then."""
         from contralto.views.presets import byol_pair
 

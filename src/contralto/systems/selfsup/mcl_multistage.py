@@ -15,8 +15,10 @@ arXiv 2402.11816. The official code has the arm for CLIP only; the one for SimCL
 """
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
@@ -27,6 +29,7 @@ from torch.nn import functional as F
 
 from contralto.encoders.image import freeze
 from contralto.errors import UsageError
+from contralto.files import naming, save_array, write_json
 from contralto.neighbors.kmeans import kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.systems.selfsup.base import Optimizer
@@ -131,13 +134,12 @@ class MultiStage(Wrapped):
         parts = [encoder(x) for encoder in self.earlier]
         return integrate([*parts, self.learner.embed(x)], unit_stages=self.unit_stages)
 
-    def to_cluster(self, x: Tensor) -> Tensor:
-        """What the samples are clustered by (N, D): features of this stage alone, or their projections."""
-        features = self.learner.embed(x)
+    def to_cluster(self) -> nn.Module:
+        """What gives the rows by which samples are clustered: the encoder of this stage alone, or with its projector."""
         if self.cluster_on == "features":
-            return features
-        projections: Tensor = self.learner.projector(features)  # type: ignore[operator]
-        return projections
+            return nn.Sequential(self.encoder)
+        assert isinstance(self.learner.projector, nn.Module)
+        return nn.Sequential(self.encoder, self.learner.projector)
 
 
 def check_stages(stages: int, clusters: int, init: str = "fresh") -> None:
@@ -343,6 +345,7 @@ def train_in_stages(
     clusters: int,
     batch_size: int,
     seed: int = 0,
+    keep: Path | None = None,
 ) -> list[Stage[Learnt]]:
     """The method, for any learner (card 10): train, embed all samples, cluster, and train on batches of one code each.
 
@@ -358,6 +361,9 @@ def train_in_stages(
         Of all ranks, for the report.
     seed : int
         Of the clusters.
+    keep : Path, optional
+        A folder of this training alone: codes are kept in it, and read where they are there, so that an interrupted training
+        goes on with the same ones.
 
     Returns
     -------
@@ -381,7 +387,30 @@ def train_in_stages(
     for stage in range(stages):
         found.append(Stage(train(stage, codes, [s.learnt for s in found]), codes, report))
         if stage < stages - 1:
-            rows = np.asarray(embed(found[-1].learnt))
-            codes = extend_codes(codes, kmeans(rows, clusters, seed=stage_seed(seed, stage)).labels, clusters)
-            report = pool_report(codes, batch_size, rows)
+            codes, report = _codes(stage, lambda: embed(found[-1].learnt), codes, clusters, batch_size, seed, keep)
     return found
+
+
+def _codes(
+    stage: int,
+    embed: Callable[[], npt.ArrayLike],
+    codes: Integers | None,
+    clusters: int,
+    batch_size: int,
+    seed: int,
+    keep: Path | None,
+) -> tuple[Integers, dict[str, float]]:
+    """Codes after a stage and what they leave for the next one, from the folder if they are there."""
+    path = None if keep is None else keep / f"codes{stage}.npy"
+    if path is not None and path.exists():
+        with naming(path):
+            return np.load(path, allow_pickle=False), dict(json.loads(path.with_suffix(".json").read_text("utf-8")))
+    rows = np.asarray(embed())
+    labels = kmeans(rows, clusters, seed=stage_seed(seed, stage)).labels
+    codes = extend_codes(codes, labels, clusters)
+    report = pool_report(codes, batch_size, rows)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.with_suffix(".json"), report)
+        save_array(codes, path)
+    return codes, report
