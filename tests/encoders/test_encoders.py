@@ -26,6 +26,25 @@ def test_every_image_encoder_keeps_the_contract(name):
     assert encoder.fingerprint() != before
 
 
+@pytest.mark.parametrize(
+    "name", ["conv4", "resnet8", "resnet18-small", "timm/resnet18", "efficientnet-lite0", "mobilenetv2_050"]
+)
+def test_features_are_the_mean_of_the_map(name):
+    encoder = image_encoder(name, pretrained=False, size=64).eval()
+    x = torch.randn(2, 3, 64, 96)
+    cells = encoder.forward_map(x)
+    assert cells.shape[:2] == (2, encoder.num_features)
+    assert cells.shape[3] == cells.shape[2] * 3 / 2
+    torch.testing.assert_close(cells.mean((2, 3)), encoder(x))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "bilinear/resnet18"])
+def test_an_encoder_without_a_map_says_so(name):
+    encoder = image_encoder(name, pretrained=False)
+    with pytest.raises(UsageError, match=f"the encoder '{name}' has no feature map"):
+        encoder.forward_map(torch.zeros(1, 3, 224, 224))
+
+
 def test_lite0_has_its_imagenet_weights():
     """The loaded network must know photographs' statistics: its batch norms are not those of a fresh one."""
     trained, fresh = image_encoder("efficientnet-lite0"), image_encoder("efficientnet-lite0", pretrained=False)
@@ -110,6 +129,26 @@ def test_heads_by_name_of_their_widths():
     torch.testing.assert_close(head(torch.randn(4, 6)).norm(dim=1), torch.ones(4))
     with pytest.raises(UsageError, match="sizes"):
         mlp([4])
+
+
+@pytest.mark.parametrize("last_norm", ["none", "batch", "plain"])
+def test_a_head_of_convolutions_is_the_same_head_cell_by_cell(last_norm):
+    sizes = [6, 5, 3]
+    rows = mlp(sizes, norm="batch", last_norm=last_norm, normalize=True).double()
+    cells = mlp(sizes, norm="batch", last_norm=last_norm, normalize=True, kind="conv").double()
+    shapes = {k: v.shape for k, v in cells.state_dict().items()}
+    cells.load_state_dict({k: v.view(shapes[k]) for k, v in rows.state_dict().items()})
+    x = torch.randn(2, 6, 4, 3, dtype=torch.float64)
+    found = cells(x)
+    torch.testing.assert_close(found.movedim(1, 3).reshape(-1, 3), rows(x.movedim(1, 3).reshape(-1, 6)))
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2, 4, 3, dtype=torch.float64))
+
+
+def test_a_head_may_end_in_layer_norm_on_rows_only():
+    found = mlp([6, 5, 3], last_norm="layer")(torch.randn(4, 6))
+    torch.testing.assert_close(found.mean(1), torch.zeros(4), atol=1e-6, rtol=0)
+    with pytest.raises(UsageError, match="for rows"):
+        mlp([6, 5, 3], last_norm="layer", kind="conv")
 
 
 @pytest.mark.parametrize("name", ["minilm", "tfidf"])

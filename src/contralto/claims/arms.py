@@ -4,11 +4,13 @@ The processes are spawned, have one thread each, and end with the one that start
 brings no more than numpy: the rest comes with the function that they run.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections import deque
@@ -20,7 +22,7 @@ from inspect import signature
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +30,13 @@ import numpy.typing as npt
 from contralto.errors import UsageError
 from contralto.files import naming, write_atomically
 
-__all__ = ["Failure", "Task", "fingerprint", "keep", "load", "measure", "run_tasks"]
+__all__ = ["Failure", "Task", "fingerprint", "keep", "load", "made_once", "measure", "run_tasks"]
 
 Measurements = dict[str, npt.NDArray[Any]]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """One arm on one seed.
 
@@ -133,6 +135,28 @@ def load(path: Path) -> Measurements:
         return {name: archive[name] for name in archive.files}
 
 
+def made_once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """A folder that several arms share: made by the first that needs it, whole when it has its name.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp()) / "data"
+    >>> _ = made_once(folder, lambda path: (path / "a.txt").write_text("once"))
+    >>> (made_once(folder, lambda path: 1 / 0) / "a.txt").read_text()
+    'once'
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+            made = Path(part) / folder.name
+            made.mkdir()
+            make(made)
+            with contextlib.suppress(OSError):  # another process was faster: its folder is the same
+                made.rename(folder)
+    return folder
+
+
 def measure(task: Task, progress: Callable[[float], None]) -> None:
     """Train and measure one arm on one seed, and keep what was found."""
     module, _, name = task.run.partition(":")
@@ -177,8 +201,8 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, told: Callable[[Task, float],
                 connection, task = idle.pop(), waiting.popleft()
                 connection.send(task)
                 busy[connection] = task
-            for connection in wait(list(busy)):
-                assert isinstance(connection, Connection)
+            for ready in wait(list(busy)):
+                connection = cast("Connection", ready)
                 task = busy[connection]
                 try:
                     kind, what = connection.recv()

@@ -8,28 +8,26 @@ import numpy.typing as npt
 from scipy import stats
 
 from contralto.claims.plan import ENOUGH_SEEDS, Claim, Comparison
-from contralto.errors import ContraltoError
+from contralto.errors import ContraltoError, UsageError
 from contralto.evaluation.classification import Interval, paired_interval
 
-__all__ = ["FEWEST_SEEDS", "RULE", "judge", "seeds_interval", "verdict_of_bound", "verdict_of_difference"]
+__all__ = ["FEWEST_SEEDS", "RULE", "judge", "mean_of", "seeds_interval", "verdict_of_bound", "verdict_of_difference"]
 
 Array = npt.NDArray[Any]
 Found = Mapping[str, Sequence[Mapping[str, Array]]]  # arm -> measurements by seed
 
 FEWEST_SEEDS = 3
-RULE = {
-    "version": 1,
-    "text": (
-        "A difference (method minus baseline, on the same seed; turned so that positive supports the claim): reproduced if its 95 % "
-        "interval lies above 0 (above `smallest`, where that is below 0) and its mean is at least `smallest`; not reproduced if the "
-        "interval lies below `smallest`; else inconclusive. A bound: reproduced if it holds in every seed; not reproduced if the mean "
-        "breaks it; else inconclusive. Intervals are percentile bootstraps over seeds and groups of test samples; where an arm has one "
-        "number per seed, over seeds alone, with the level expanded for their small number (Hesterberg 2015, The American Statistician "
-        "69, 371-386). What is not a finite number is inconclusive. On fewer than 3 seeds nothing is reproduced; on fewer than 5 "
-        "the verdict says on how many. The claim: the verdict of its first comparison with a gate; or, where the claim says `all`, "
-        "reproduced if all with a gate are, not reproduced if one is not, else inconclusive."
-    ),
-}
+_RULE = """
+A difference (method minus baseline on the same seed, turned so that positive supports the claim): reproduced if its 95 %
+interval lies above 0 (above `smallest`, where that is below 0) and its mean is at least `smallest`; not reproduced if the
+interval lies below `smallest`; else inconclusive. A bound: reproduced if it holds in every seed; not reproduced if the
+mean breaks it; else inconclusive. Intervals are percentile bootstraps over seeds and groups of test samples; where an arm
+has one number per seed, over seeds alone, with the level expanded for their small number (Hesterberg 2015, The American
+Statistician 69, 371-386). What is not a finite number is inconclusive. On fewer than 3 seeds nothing is reproduced; on
+fewer than 5 the verdict says on how many. The claim: the verdict of its first comparison with a gate; or, where it says
+`verdict: all`, reproduced if all with a gate are, not reproduced if one is not, else inconclusive.
+"""
+RULE = {"version": 1, "text": " ".join(_RULE.split())}
 """How verdicts come about, kept with every result. A change of the rule is a new version."""
 
 
@@ -122,6 +120,20 @@ def verdict_of_bound(values: Sequence[float], above: float | None, below: float 
     return "inconclusive" if low < np.mean(values) < high else "not reproduced"
 
 
+def mean_of(runs: Sequence[Mapping[str, Array]], metric: str, *, macro: bool = False) -> float:
+    """Mean of a measurement over seeds.
+
+    Examples
+    --------
+    >>> mean_of([{"right": np.array([1, 1, 0]), "labels": np.array([0, 0, 1])}], "right", macro=True)
+    0.5
+    """
+    if metric not in runs[0]:
+        raise UsageError(f"{metric!r} is not among the measurements; there are: {', '.join(runs[0])}")
+    c = Comparison(("",), metric, macro=macro)
+    return float(np.mean(_effect(c, [np.asarray(m[metric], float) for m in runs], runs)[1]))
+
+
 def _compare(claim: Claim, number: int, found: Found, seeds: Sequence[int]) -> dict[str, Any]:
     c, key = claim.comparisons[number], f"comparisons[{number}]"
     for arm in (*c.method, *c.baseline):
@@ -171,6 +183,8 @@ def _effect(
         values = [float(v) for v in scores]
         return seeds_interval(values), values, "seeds"
     inside = [m[c.part].astype(bool) if c.part else np.ones(len(m[c.metric]), bool) for m in measured]
+    if c.macro:
+        inside = [keep & (m["labels"] >= 0) for keep, m in zip(inside, measured, strict=True)]
     scores = [v[keep] for v, keep in zip(scores, inside, strict=True)]
 
     def within(name: str) -> list[Array]:
@@ -239,5 +253,5 @@ def _check_pairs(found: Found, seeds: Sequence[int]) -> None:
             shapes = all(a[n].ndim == b[n].ndim for n in a if n in b)
             if not same or len(lengths) > 1 or not shapes:
                 raise ContraltoError(
-                    f"arms {first!r} and {arm!r} of seed {seed} were not tested on the same samples: arms of one seed must share them"
+                    f"arms {first!r} and {arm!r} of seed {seed} were not tested on the same samples, which arms of a seed share"
                 )

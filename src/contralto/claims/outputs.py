@@ -150,9 +150,10 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# The claims of the papers, as they came out here",
         "",
-        "Made by `contralto reproduce --table` from the files in [results/claims](../results/claims). Every claim is an experiment with",
-        "paired arms: the same data, split, order, views, initialisation and number of steps on the same seed. A claim that did not",
-        "come back is listed as such.",
+        "Made by `contralto reproduce --table` from the files in [results/claims](../results/claims). Every claim is an",
+        "experiment with paired arms: the same data, split, order, views, initialisation and number of steps on the same seed. A",
+        "claim that did not come back is listed as such. Effects are turned so that positive supports the claim; those on what",
+        "is right or wrong by sample are in points (hundredths).",
         "",
         *_table(("system", "claim", "data", "compared", "effect", "95 % interval", "seeds", "verdict", "command")),
     ]
@@ -172,7 +173,6 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
                     )
                 )
     versions = dict.fromkeys((r["rule"]["version"], r["rule"]["text"]) for r in results.values())
-    lines += ["", "Effects on what is right or wrong by sample are in points (hundredths)."]
     for version, text in versions:
         lines += ["", f"The rule (version {version}), fixed before the runs: {text}"]
     for name, result in results.items():

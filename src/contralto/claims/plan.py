@@ -27,11 +27,14 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from contralto.errors import DataError, UsageError
+from contralto.systems.registry import SYSTEMS
 
-__all__ = ["ENOUGH_SEEDS", "Claim", "Comparison", "claims", "find_claim", "load_claim"]
+__all__ = ["DEVELOPMENT_SEED", "ENOUGH_SEEDS", "Claim", "Comparison", "claims", "find_claim", "load_claim"]
 
 ENOUGH_SEEDS = 5
 """With fewer, a verdict says on how many it stands."""
+DEVELOPMENT_SEED = 100
+"""Seeds from here on are for choosing rates and the like; what they give is never reported."""
 
 Arms = tuple[str, ...]  # one arm, or two that stand for their difference
 
@@ -104,6 +107,7 @@ class Claim:
     verdict : {"first", "all"}
         The verdict is that of the first comparison with a gate; or all of those must hold.
     paper : str
+        Default: that of the system in the registry.
     file : Path
     """
 
@@ -198,6 +202,8 @@ def load_claim(path: str | Path) -> Claim:
             raise _wrong(path, key, f"must be a text, got {values[key]!r}")
     if not re.fullmatch(r"[\w.]+:\w+", values["run"]):
         raise _wrong(path, "run", f"must be module:function, got {values['run']!r}")
+    if values["system"] in SYSTEMS:
+        values.setdefault("paper", SYSTEMS[values["system"]].paper)
     for key in ("budget", "quick"):
         values[key] = _mapping(path, key, values.get(key, {}))
     _known(path, "quick", values["quick"], set(values["budget"]))

@@ -1,8 +1,8 @@
 """Run a claim: its arms in pairs over seeds, judged by the rule, with the file and the picture that it leaves.
 
-Finished arms are kept under `runs/claims/<claim>/<data>/<arm>/`, one file per seed, named by all that they depend on in the claim's file:
-the same command goes on where it was stopped, and an arm that was changed is run again. Code is no part of that name: who
-changes what an arm does removes the folder.
+Finished arms are kept under `runs/claims/<claim>/<data>/<arm>/`, a file per seed, named by all that it depends on in the claim's
+file: the same command goes on where it was stopped, and an arm that was changed is run again. Code is no part of that name:
+who changes what an arm does removes the folder.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contralto.claims.arms import Task, fingerprint, load, run_tasks
-from contralto.claims.judge import RULE, judge
+from contralto.claims.judge import RULE, judge, mean_of
 from contralto.claims.outputs import demand_plots, draw
-from contralto.claims.plan import Claim, claims, find_claim, load_claim
+from contralto.claims.plan import DEVELOPMENT_SEED, Claim, claims, find_claim, load_claim
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.files import remove_leftovers, write_atomically, write_json
 from contralto.pipelines.outputs import environment
 
-__all__ = ["parse_seeds", "reproduce", "smoke"]
+__all__ = ["parse_seeds", "reproduce", "smoke", "tune"]
 
 
 def reproduce(
@@ -78,33 +79,90 @@ def reproduce(
     ContraltoError
         Arms failed: names each, with its seed. The others are kept.
     """
-    plan = load_claim(claim) if isinstance(claim, Path) else find_claim(claim)
-    plan.function()
-    for name in budget or {}:
-        if name not in plan.budget:
-            raise UsageError(f"the budget has no {name!r}; there are: {', '.join(plan.budget) or 'none'}")
+    plan = _loaded(claim, budget)
     console = Console(stderr=True, quiet=not progress)
     names, left_out = _present(plan, data)
     for told in left_out:
         console.print(f"left out: {told}", highlight=False, markup=False)
     chosen = [0] if quick else list(range(plan.seeds)) if seeds is None else list(seeds)
     spent = {**plan.budget, **(plan.quick if quick else {}), **(budget or {})}
-    jobs = jobs or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
     if quick:
-        with tempfile.TemporaryDirectory() as folder:
-            found = _measure(plan, names, chosen, spent, device, jobs, Path(folder), console)
+        with tempfile.TemporaryDirectory() as passing:
+            found = _measure(
+                _tasks(plan, names, chosen, spent, device, Path(passing)), plan, jobs, Path(passing), console
+            )
             return _result(plan, found, chosen, spent, device, left_out, judged=False)
+    if max(chosen) >= DEVELOPMENT_SEED:
+        console.print(f"seeds from {DEVELOPMENT_SEED} are for development: no result is written", highlight=False)
+        out = None
     if out is not None:
         demand_plots()
     folder = Path(work) / plan.name
     _note_plan(plan, names, chosen, spent, device, folder)
-    found = _measure(plan, names, chosen, spent, device, jobs, folder, console)
+    found = _measure(_tasks(plan, names, chosen, spent, device, folder), plan, jobs, folder, console)
     result = _result(plan, found, chosen, spent, device, left_out)
     result["command"] = _command(plan, data, seeds, budget, device)
     if out is not None:
         write_json(_made(Path(out)) / f"{plan.name}.json", result)
         draw(result, Path(out) / f"{plan.name}.png")
     return result
+
+
+def tune(
+    claim: str | Path,
+    setting: str,
+    grid: Sequence[Any],
+    metric: str,
+    *,
+    data: str,
+    seeds: Sequence[int] = (DEVELOPMENT_SEED,),
+    macro: bool = False,
+    budget: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    jobs: int | None = None,
+    work: str | Path = "runs/claims",
+    progress: bool = True,
+) -> dict[str, dict[Any, float]]:
+    """Try values of a setting alike in all arms that have it, on seeds that are not reported.
+
+    Parameters
+    ----------
+    claim : str or path
+    setting : str
+        Of the arms, a learning rate for instance.
+    grid : sequence
+        Values to try.
+    metric : str
+        The measurement that is looked at.
+    data : str
+        One of the claim's data sets.
+    seeds : sequence of int
+        From 100 on.
+    macro : bool
+        Mean over classes.
+    budget, device, jobs, work, progress
+        As in `reproduce`.
+
+    Returns
+    -------
+    dict
+        Arm -> value -> mean of the metric over seeds. The best is for the claim's file, with all arms tuned alike.
+    """
+    plan = _loaded(claim, budget)
+    _present(plan, data)
+    if not seeds or min(seeds) < DEVELOPMENT_SEED:
+        raise UsageError(f"values are chosen on seeds from {DEVELOPMENT_SEED} on: smaller ones are reported")
+    tried = {(arm, v): {**plan.arms[arm], setting: v} for arm in plan.arms if setting in plan.arms[arm] for v in grid}
+    if not tried:
+        raise UsageError(f"no arm of {plan.name} has {setting!r}")
+    numbered = replace(plan, arms={f"{arm}, {setting} {v}": settings for (arm, v), settings in tried.items()})
+    folder = Path(work) / plan.name / "tuning"
+    tasks = _tasks(numbered, [data], seeds, {**plan.budget, **(budget or {})}, device, folder)
+    found = _measure(tasks, numbered, jobs, folder, Console(stderr=True, quiet=not progress))[data]
+    scores: dict[str, dict[Any, float]] = {}
+    for (arm, v), runs in zip(tried, found.values(), strict=True):
+        scores.setdefault(arm, {})[v] = mean_of(runs, metric, macro=macro)
+    return scores
 
 
 def smoke(*, jobs: int | None = None, device: str = "cpu", progress: bool = True) -> dict[str, str]:
@@ -153,6 +211,15 @@ def parse_seeds(text: str | None) -> list[int] | None:
     return seeds if "," in text else list(range(seeds[0]))
 
 
+def _loaded(claim: str | Path, budget: Mapping[str, Any] | None) -> Claim:
+    plan = load_claim(claim) if isinstance(claim, Path) else find_claim(claim)
+    plan.function()
+    for name in budget or {}:
+        if name not in plan.budget:
+            raise UsageError(f"the budget has no {name!r}; there are: {', '.join(plan.budget) or 'none'}")
+    return plan
+
+
 def _present(plan: Claim, data: str | None, *, strict: bool = True) -> tuple[list[str], list[str]]:
     """The names of data that are there, and what is left out and why."""
     if data is not None and data not in plan.data:
@@ -186,13 +253,9 @@ def _note_plan(
 
 
 def _measure(
-    plan: Claim, names: Sequence[str], seeds: Sequence[int], budget: Mapping[str, Any], device: str, jobs: int,
-    folder: Path, console: Console,
-) -> dict[str, dict[str, list[Any]]]:  # fmt: skip
+    tasks: Sequence[Task], plan: Claim, jobs: int | None, folder: Path, console: Console
+) -> dict[str, dict[str, list[Any]]]:
     """Measurements by data, arm and seed; what is not there yet is run."""
-    tasks = [
-        _task(plan, name, arm, seed, budget, device, folder) for name in names for arm in plan.arms for seed in seeds
-    ]
     missing = [task for task in tasks if not task.path.exists()]
     if len(missing) < len(tasks):
         console.print(
@@ -202,26 +265,36 @@ def _measure(
         )  # fmt: skip
     remove_leftovers(folder)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    done = {str(task): float(task not in missing) for task in tasks}
+    done = dict.fromkeys(missing, 0.0)
     with Progress(*columns, console=console, transient=True) as bar:
-        shown = bar.add_task(plan.name, total=len(tasks))
+        shown = bar.add_task(plan.name, total=len(missing))
 
         def told(task: Task, share: float) -> None:
-            done[str(task)] = share
+            done[task] = share
             bar.update(shown, completed=round(sum(done.values()), 2), description=f"{plan.name}: {task}")
 
-        failures = run_tasks(missing, jobs=min(jobs, len(missing)), told=told)
+        cores = len(os.sched_getaffinity(0)) if all(task.device == "cpu" for task in tasks) else 1
+        failures = run_tasks(missing, jobs=min(jobs or cores, len(missing)), told=told)
     if failures:
-        listed = "\n  ".join(map(str, failures[:5])) + (
-            f"\n  and {len(failures) - 5} more" if len(failures) > 5 else ""
-        )
+        listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
         raise ContraltoError(
-            f"{len(failures)} of {len(tasks)} trainings of the claim of {plan.name} failed; what was finished is kept:\n  {listed}"
+            f"{plan.name}: {len(failures)} of {len(tasks)} trainings failed; what was finished is kept:\n  "
+            + "\n  ".join(listed)
         )
-    for name in names:
-        shutil.rmtree(folder / _slug(name) / "shared", ignore_errors=True)
-    files = iter(tasks)
-    return {name: {arm: [load(next(files).path) for _ in seeds] for arm in plan.arms} for name in names}
+    found: dict[str, dict[str, list[Any]]] = {}
+    for task in tasks:
+        found.setdefault(task.data, {}).setdefault(task.arm, []).append(load(task.path))
+        shutil.rmtree(task.shared, ignore_errors=True)
+    return found
+
+
+def _tasks(
+    plan: Claim, names: Sequence[str], seeds: Sequence[int], budget: Mapping[str, Any], device: str, folder: Path
+) -> list[Task]:
+    """All arms and seeds; the seeds of one arm follow each other, so that processes beside each other seldom prepare the same."""
+    return [
+        _task(plan, name, arm, seed, budget, device, folder) for name in names for arm in plan.arms for seed in seeds
+    ]
 
 
 def _task(plan: Claim, name: str, arm: str, seed: int, budget: Mapping[str, Any], device: str, folder: Path) -> Task:

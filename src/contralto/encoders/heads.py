@@ -13,11 +13,15 @@ __all__ = ["Normalize", "Relation", "mlp"]
 
 
 class Normalize(nn.Module):
-    """Scale the last dimension to length one."""
+    """Scale the last dimension, or another one, to length one."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to unit rows (..., D)."""
-        return F.normalize(x, dim=-1)
+        return F.normalize(x, dim=self.dim)
 
 
 def mlp(
@@ -25,7 +29,8 @@ def mlp(
     *,
     normalize: bool = False,
     norm: Literal["none", "batch"] = "none",
-    last_norm: Literal["none", "batch", "plain"] = "none",
+    last_norm: Literal["none", "batch", "plain", "layer"] = "none",
+    kind: Literal["linear", "conv"] = "linear",
 ) -> nn.Sequential:
     """Linear layers with ReLU between them.
 
@@ -37,8 +42,10 @@ def mlp(
         End with unit rows.
     norm : {"none", "batch"}
         Batch norm before every ReLU; the layer before it then has no bias.
-    last_norm : {"none", "batch", "plain"}
-        Batch norm after the last layer, learnt or "plain" (without scale and shift).
+    last_norm : {"none", "batch", "plain", "layer"}
+        After the last layer, which then has no bias: batch norm, learnt or "plain" (without scale and shift), or layer norm.
+    kind : {"linear", "conv"}
+        Rows (N, D), or the cells of maps (N, D, h, w): then layers are 1 x 1 convolutions and channels are what is normalised.
 
     Examples
     --------
@@ -52,18 +59,32 @@ def mlp(
     """
     if len(sizes) < 2:
         raise UsageError(f"sizes must name input and output width at least, got {list(sizes)}")
+    if kind == "conv" and last_norm == "layer":
+        raise UsageError('last_norm="layer" is for rows, not for kind="conv"')
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(sizes[:-1]):
-        layers.append(nn.Linear(width_in, width_out, bias=norm == "none"))
+        layers.append(_layer(kind, width_in, width_out, bias=norm == "none"))
         if norm == "batch":
-            layers.append(nn.BatchNorm1d(width_out))
+            layers.append(_batch_norm(kind, width_out))
         layers.append(nn.ReLU())
-    layers.append(nn.Linear(sizes[-2], sizes[-1], bias=last_norm == "none"))
-    if last_norm != "none":
-        layers.append(nn.BatchNorm1d(sizes[-1], affine=last_norm == "batch"))
+    layers.append(_layer(kind, sizes[-2], sizes[-1], bias=last_norm == "none"))
+    if last_norm == "layer":
+        layers.append(nn.LayerNorm(sizes[-1]))
+    elif last_norm != "none":
+        layers.append(_batch_norm(kind, sizes[-1], affine=last_norm == "batch"))
     if normalize:
-        layers.append(Normalize())
+        layers.append(Normalize(1 if kind == "conv" else -1))
     return nn.Sequential(*layers)
+
+
+def _layer(kind: str, width_in: int, width_out: int, *, bias: bool) -> nn.Module:
+    if kind == "conv":
+        return nn.Conv2d(width_in, width_out, 1, bias=bias)
+    return nn.Linear(width_in, width_out, bias=bias)
+
+
+def _batch_norm(kind: str, width: int, *, affine: bool = True) -> nn.Module:
+    return nn.BatchNorm2d(width, affine=affine) if kind == "conv" else nn.BatchNorm1d(width, affine=affine)
 
 
 class Relation(nn.Module):

@@ -72,6 +72,23 @@ class ImageEncoder(nn.Module):
         features: Tensor = self.backbone(images)
         return features
 
+    def forward_map(self, images: Tensor) -> Tensor:
+        """The last feature map (N, num_features, h, w), before it is pooled.
+
+        Raises
+        ------
+        UsageError
+            If the encoder has none: a vision transformer, an open_clip model, or one whose head changes the features.
+        """
+        own = getattr(self.backbone, "forward_map", None) or getattr(self.backbone, "forward_features", None)
+        cells = None if own is None or isinstance(self.backbone, BilinearPool) else own(images)
+        if not isinstance(cells, Tensor) or cells.ndim != 4 or cells.shape[1] != self.num_features:
+            raise UsageError(
+                f"the encoder {self.name!r} has no feature map of {self.num_features} channels: take a convolutional "
+                f"one, such as {', '.join(_SMALL)}, efficientnet-lite0 or a timm ResNet"
+            )
+        return cells
+
     def embed(self, images: Tensor) -> Tensor:
         """Features scaled to length one."""
         return F.normalize(self(images), dim=1)

@@ -137,17 +137,15 @@ def paired_interval(
         size = group_count * num_classes
         right[:, s] = np.bincount(cell, values[s], minlength=size).reshape(group_count, num_classes)
         total[:, s] = np.bincount(cell, minlength=size).reshape(group_count, num_classes)
-    right, total = right.reshape(group_count, -1), total.reshape(group_count, -1)
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(0, resamples, 200):
         weight = rng.multinomial(group_count, np.full(group_count, 1 / group_count), size=200).astype(float)  # (200, G)
         seed_weight = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=200) / seeds  # (200, S)
-        per_seed = _mean_over_classes(
-            (weight @ right).reshape(200, seeds, -1), (weight @ total).reshape(200, seeds, -1)
-        )
+        drawn = [(weight @ sums.reshape(group_count, -1)).reshape(200, seeds, -1) for sums in (right, total)]
+        per_seed = _mean_over_classes(*drawn)  # (200, S)
         found.append((seed_weight * per_seed).sum(1))
-    of_seeds = _mean_over_classes(right.sum(0).reshape(seeds, -1), total.sum(0).reshape(seeds, -1))
+    of_seeds = _mean_over_classes(right.sum(0), total.sum(0))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(of_seeds.mean()), float(low), float(high))
 

@@ -47,9 +47,10 @@ def kmeans(
     iterations: int = 100,
     restarts: int = 4,
     normalize: bool = True,
+    spherical: bool = False,
     max_rows: int = 1_000_000,
 ) -> KMeans:
-    """Cluster rows by their distance, as multistage contrastive learning does (card 3).
+    """Cluster rows by their distance, or by their direction.
 
     Parameters
     ----------
@@ -63,6 +64,9 @@ def kmeans(
         Of so many beginnings the best result is taken: one alone is often a poor local optimum.
     normalize : bool
         Scale rows to length one first; the centres are means and stay shorter.
+    spherical : bool
+        Scale the centres to length one after every iteration: with unit rows, the nearest one is that of the largest cosine.
+        A large cluster is split where one runs empty.
     max_rows : int
         Of more rows, so many are drawn to learn the centres from; all are assigned.
 
@@ -83,6 +87,8 @@ def kmeans(
     """
     import faiss
 
+    if spherical and not normalize:
+        raise UsageError("spherical=True clusters directions: leave normalize=True")
     if min(iterations, restarts, max_rows) < 1:
         raise UsageError(
             f"iterations, restarts and max_rows must be at least 1, got {iterations}, {restarts} and {max_rows}"
@@ -97,7 +103,7 @@ def kmeans(
     else:
         learnt = data
     engine: Any = faiss.Kmeans(
-        dim, k, niter=iterations, nredo=restarts, seed=seed, min_points_per_centroid=1,
+        dim, k, niter=iterations, nredo=restarts, seed=seed, spherical=spherical, min_points_per_centroid=1,
         max_points_per_centroid=-(-len(learnt) // k),
     )  # fmt: skip
     engine.train(learnt)

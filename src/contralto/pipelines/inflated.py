@@ -11,10 +11,10 @@ from contralto.errors import DataError
 from contralto.pipelines.pretrain import Pretraining
 from contralto.systems.selfsup.base import SelfSupervised
 
-__all__ = ["InflatedPretraining"]
+__all__ = ["Inflated"]
 
 
-class InflatedPretraining(Pretraining):
+class Inflated(Pretraining):
     """The job behind ``contralto fit adainf``.
 
     An epoch is as many draws as there are real pictures, and the run is as long with generated pictures as without. Generated

@@ -26,12 +26,12 @@ from contralto.systems.selfsup.base import SelfSupervised
 from contralto.systems.selfsup.mcl_multistage import MultiStage, first_weights, stage_seed, train_in_stages
 from contralto.views.image import EvalView
 
-__all__ = ["MultiStagePretraining"]
+__all__ = ["Stages"]
 
 Integers = npt.NDArray[np.int64]
 
 
-class MultiStagePretraining(Pretraining):
+class Stages(Pretraining):
     """The job behind ``contralto fit mcl_multistage``."""
 
     def learn(self) -> SelfSupervised:

@@ -34,8 +34,8 @@ from contralto.training.probes import OnlineKNN, OnlineProbe
 
 __all__ = ["Pretraining"]
 
-BUILT = ("self", "encoder", "num_features", "num_samples", "steps_per_epoch", "stage")
-"""Arguments of a system that the job knows."""
+FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "stage")
+"""Arguments of a system that the job knows from encoder, data and progress."""
 
 
 @dataclass
@@ -168,7 +168,9 @@ class Pretraining:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
         every = dict(inspect.signature(self.system.__init__).parameters) | dict(inspect.signature(self.fit).parameters)
-        return {k: p for k, p in every.items() if k not in (*BUILT, "data", "out", "progress", "system")}
+        return {
+            k: p for k, p in every.items() if k not in (*FACTS, "self", "encoder", "data", "out", "progress", "system")
+        }
 
     def ingest(self) -> None:
         """Read the pictures into the manifest of the run, once; take those that are to be learnt from."""
@@ -234,15 +236,16 @@ class Pretraining:
         """The system, for these pictures; `more` goes before the arguments."""
         encoder = self.encoder(more.get("seed"))
         batch = min(self.arguments["batch_size"], len(self.rows))
+        facts = {
+            "num_features": encoder.num_features,
+            "num_samples": len(self.labels),
+            "steps_per_epoch": len(self.rows) // batch,
+            "num_classes": len(self.manifest.classes),
+        } | {k: v for k, v in more.items() if k in FACTS}
         names = inspect.signature(self.system.__init__).parameters
-        given = {k: v for k, v in self.arguments.items() if k in names} | more
-        return self.system(
-            encoder,
-            num_features=encoder.num_features,
-            num_samples=len(self.labels),
-            steps_per_epoch=len(self.rows) // batch,
-            **given,
-        )
+        self.built = {k: v for k, v in facts.items() if k in names}
+        given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
+        return self.system(encoder, **self.built, **given)
 
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
@@ -302,9 +305,10 @@ class Pretraining:
 
     def finish(self) -> None:
         """Keep what is needed to embed pictures, the encoder by itself, and what the training said."""
-        module, encoder = self.module, self.whole()
-        facts = {k: getattr(module, k) for k in BUILT[2:] if hasattr(module, k)}
-        write_json(self.out / "built.json", facts | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std})
+        encoder = self.whole()
+        write_json(
+            self.out / "built.json", self.built | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std}
+        )
         save_encoder(encoder, self.out / "encoder")
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}

@@ -110,6 +110,9 @@ class SelfSupervised(LightningModule):
 
         return simclr_pair(size, mean=mean, std=std)
 
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Told by a job before training: the names of the labels, in the order of their numbers. Most systems do not care."""
+
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch: `loss` (scalar) and what else is to be logged; `features` (B, F) of the first view, detached."""
         raise NotImplementedError
