@@ -3,18 +3,26 @@
 Beside what `Pretraining` leaves, the folder holds `stages/stage0`, `stages/stage1`, ... (trainings, all but the last),
 `stages/codes0.npy`, ... (from which the stage after draws its batches) and what is known of them in `metrics.json`. The last
 stage is `training`: it knows the encoders of all stages before, so that the run embeds by all of them.
+
+`fit_dual_stages` is the form for pairs of images and texts, over any dual encoder: CLIP, or a small one of one's own.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.progress import track
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from contralto.cluster import map_blocks
+from contralto.data.dataset import EpochSampler
 from contralto.data.grouped import GroupBatchSampler
 from contralto.encoders.features import EncodePictures, device_of
 from contralto.encoders.image import ImageEncoder, concatenate
@@ -23,10 +31,18 @@ from contralto.files import naming
 from contralto.pipelines.embedding import CROP
 from contralto.pipelines.pretrain import Pretraining
 from contralto.systems.selfsup.base import SelfSupervised
-from contralto.systems.selfsup.mcl_multistage import MultiStage, first_weights, stage_seed, train_in_stages
+from contralto.systems.selfsup.mcl_multistage import (
+    DualStage,
+    DualStages,
+    MultiStage,
+    first_weights,
+    stage_seed,
+    train_in_stages,
+)
+from contralto.training.fit import fit_stage
 from contralto.views.image import EvalView
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "fit_dual_stages"]
 
 Integers = npt.NDArray[np.int64]
 
@@ -135,3 +151,105 @@ class Stages(Pretraining):
                 }
             stages.append(losses | stage.report)
         return super().last_metrics() | {"stages": stages}
+
+
+def fit_dual_stages(
+    dual: nn.Module,
+    pairs: Dataset[Any],
+    out: str | Path,
+    *,
+    num_features: int,
+    stages: int = 4,
+    pretrained: bool = True,
+    clusters: int = 10,
+    batch_size: int = 1000,
+    smallest: int | None = None,
+    epochs: int = 20,
+    lr: float = 5e-4,
+    weight_decay: float = 0.2,
+    warmup: int = 600,
+    init: Literal["base", "previous"] = "base",
+    prepare: Callable[[nn.Module], None] | None = None,
+    plain: Dataset[Any] | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    progress: bool = True,
+    trainer: Mapping[str, Any] | None = None,
+) -> DualStages:
+    """Fine-tune a dual encoder in stages, each on batches of pairs whose images the stages before found alike (card 6).
+
+    Parameters
+    ----------
+    dual : nn.Module
+        Has `encode_image` and `encode_text`, which give raw embeddings (N, D); as the models of open_clip do. It stays as it is.
+    pairs : Dataset
+        ``pairs[epoch, row]`` is a dict of `views`, image and text as the encoder takes them, and `index`, the row; it has a length.
+    out : path
+        Folder of this training; called again with the same arguments, it goes on where it stopped.
+    num_features : int
+        D.
+    stages : int
+        Encoders in the end; the paper has the pretrained one and up to three more.
+    pretrained : bool
+        The first stage is `dual` as it is; else it is trained first, on ordinary batches.
+    clusters, smallest, init
+        See `MultiStage`; every stage starts with the weights of `dual` ("base") or of the stage before.
+    batch_size, epochs, lr, weight_decay, warmup
+        See `DualStage`; an epoch takes every pair at most once.
+    prepare : function, optional
+        Called with the copy of `dual` that a stage starts with, to lock parts of it. As in the paper, for open_clip:
+        ``lambda clip: (clip.lock_text_tower(), clip.lock_image_tower(unlocked_groups=6))``.
+    plain : Dataset, optional
+        Like `pairs`, without augmentation, to cluster by; default: `pairs`.
+    seed, workers, progress
+    trainer : mapping, optional
+        Flags for `lightning.Trainer`.
+
+    Returns
+    -------
+    DualStages
+        In evaluation mode.
+    """
+    out, count = Path(out), len(pairs)  # type: ignore[arg-type]
+    settings = [count, num_features, pretrained, clusters, batch_size, smallest, epochs, lr, weight_decay, warmup, init, seed]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for value in dual.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    flags = {"accelerator": "auto", **(trainer or {})}
+    device = device_of(flags["accelerator"])
+    size = min(batch_size, count)
+
+    def train(stage: int, codes: Integers | None, before: list[nn.Module]) -> nn.Module:
+        encoder = first_weights(lambda _: copy.deepcopy(dual), before, init, seed)
+        if stage == 0 and pretrained:
+            return encoder.eval()
+        if prepare is not None:
+            prepare(encoder)
+        own = stage_seed(seed, stage)
+        order: dict[str, Any] = {"batch_size": size, "sampler": EpochSampler(count, seed=own), "drop_last": True}
+        steps = count // size
+        if codes is not None:
+            sampler = GroupBatchSampler(codes, size, seed=own, smallest=smallest)
+            order, steps = {"batch_sampler": sampler}, len(sampler)
+        module = DualStage(
+            encoder, num_features=num_features, num_samples=count, steps_per_epoch=steps, seed=own, epochs=epochs,
+            batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
+        )  # fmt: skip
+        of_stage = f"{digest.hexdigest()} {stage} " + ("" if codes is None else hashlib.sha256(codes.tobytes()).hexdigest())
+        fit_stage(
+            module, DataLoader(pairs, num_workers=workers, **order), out / f"stage{stage}", epochs=epochs,
+            fingerprint=hashlib.sha256(of_stage.encode()).hexdigest()[:16], progress=progress, trainer=flags,
+        )  # fmt: skip
+        return module.encoder
+
+    def embed(encoder: Any) -> npt.NDArray[np.float32]:
+        encoder.to(device).eval()
+        keys: Any = [(0, row) for row in range(count)]
+        loader = DataLoader(pairs if plain is None else plain, batch_size=size, sampler=keys, num_workers=workers)
+        with torch.inference_mode():
+            return np.concatenate(
+                [encoder.encode_image(b["views"][0].to(device)).float().cpu().numpy() for b in loader]
+            )
+
+    found = train_in_stages(train, embed, stages=stages, clusters=clusters, batch_size=size, seed=seed, keep=out)
+    return DualStages([s.learnt for s in found]).eval()
