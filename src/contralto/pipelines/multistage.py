@@ -251,5 +251,6 @@ def fit_dual_stages(
                 [encoder.encode_image(b["views"][0].to(device)).float().cpu().numpy() for b in loader]
             )
 
-    found = train_in_stages(train, embed, stages=stages, clusters=clusters, batch_size=size, seed=seed, keep=out)
+    keep = out / f"codes-{digest.hexdigest()[:16]}"  # a folder may hold codes of other settings, whose trainings are refused
+    found = train_in_stages(train, embed, stages=stages, clusters=clusters, batch_size=size, seed=seed, keep=keep)
     return DualStages([s.learnt for s in found]).eval()
