@@ -29,14 +29,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from contralto.cluster import has_gpus, map_blocks
+from contralto.cluster import map_blocks
 from contralto.data.dataset import Batch, EpochSampler, FeatureDataset, ImageDataset
 from contralto.data.definitions import fill_definitions, load_definitions
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.verified import UNKNOWN, read_reviewed
-from contralto.encoders.features import EncodePictures, cached_array
+from contralto.encoders.features import EncodePictures, cached_array, device_of
 from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.encoders.pictures import PictureBlock, PictureReader, picture_blocks
 from contralto.errors import ContraltoError, DataError, UsageError
@@ -337,11 +337,7 @@ class Job:
         return cached_array(self.cache, "image", key, compute, rows=len(rows))
 
     def _device(self) -> str:
-        wanted, on = self.arguments["accelerator"], self.arguments["on"]
-        there = torch.cuda.is_available() if on is None else has_gpus(on)
-        if wanted in ("gpu", "cuda") or (wanted == "auto" and there):
-            return "cuda"
-        return "mps" if wanted == "mps" else "cpu"
+        return device_of(self.arguments["accelerator"], self.arguments["on"])
 
     # Training.
 
