@@ -51,7 +51,7 @@ def batch(step, n, rows):
 
 def train(name, n, rank=0, world=1, average=lambda x: x):
     system = build(name)
-    optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.02, momentum=0.9)
     losses = []
     for step in range(4):
         out = system.step(batch(step, n, torch.arange(n)[rank::world]))
@@ -101,11 +101,12 @@ def ranks(tmp_path_factory):
 def test_two_processes_equal_one(ranks, case):
     alone = train(*CASES[case])
     assert alone["losses"][-1] > 0
+    close = 1e-4 if case.startswith("deepcluster") else 1e-7  # k-means is in single precision
     for rank in ranks:
         found = rank["cases"][case]
-        torch.testing.assert_close(found["losses"], alone["losses"], rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(found["losses"], alone["losses"], rtol=close, atol=1e-9)
         for key, value in alone["state"].items():
-            torch.testing.assert_close(found["state"][key], value, rtol=1e-7, atol=1e-9, msg=f"{case}: {key}")
+            torch.testing.assert_close(found["state"][key], value, rtol=close, atol=close / 100, msg=f"{case}: {key}")
 
 
 @pytest.mark.parametrize("n", [12, 13])
