@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -60,7 +61,7 @@ def reproduce(
     device : str
         Where arms are trained.
     quick : bool
-        One seed and the claim's quick budget: a look at the machinery that judges nothing and writes nothing.
+        One seed, the first data set and the claim's quick budget: a look at the machinery that judges and writes nothing.
     jobs : int, optional
         Processes at a time, one thread each; default: one per core, and one on another device than the CPU.
     work : path
@@ -80,11 +81,14 @@ def reproduce(
         Arms failed: names each, with its seed. The others are kept.
     """
     plan = _loaded(claim, budget)
+    _check(device, jobs)
     console = Console(stderr=True, quiet=not progress)
     names, left_out = _present(plan, data)
     for told in left_out:
         console.print(f"left out: {told}", highlight=False, markup=False)
     chosen = [0] if quick else list(range(plan.seeds)) if seeds is None else list(seeds)
+    if quick and data is None:
+        names = names[:1]
     spent = {**plan.budget, **(plan.quick if quick else {}), **(budget or {})}
     if quick:
         with tempfile.TemporaryDirectory() as passing:
@@ -149,6 +153,7 @@ def tune(
         Arm -> value -> mean of the metric over seeds. The best is for the claim's file, with all arms tuned alike.
     """
     plan = _loaded(claim, budget)
+    _check(device, jobs)
     _present(plan, data)
     if not seeds or min(seeds) < DEVELOPMENT_SEED:
         raise UsageError(f"values are chosen on seeds from {DEVELOPMENT_SEED} on: smaller ones are reported")
@@ -218,6 +223,18 @@ def _loaded(claim: str | Path, budget: Mapping[str, Any] | None) -> Claim:
         if name not in plan.budget:
             raise UsageError(f"the budget has no {name!r}; there are: {', '.join(plan.budget) or 'none'}")
     return plan
+
+
+def _check(device: str, jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be a number above 0, got {jobs}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device must be one of torch, like cpu or cuda, got {device!r}") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        raise UsageError(f"device must be there, and torch finds no {kind}; see `contralto doctor`")
 
 
 def _present(plan: Claim, data: str | None, *, strict: bool = True) -> tuple[list[str], list[str]]:
