@@ -32,7 +32,7 @@ def test_processes_beside_each_other_give_what_one_gives(fake):
     assert len(fake.processes()) == 3
     assert os.getpid() not in fake.processes()
     assert three == one
-    assert one["arms" if "arms" in one else "data"]["blobs"]["arms"]["good"]["metrics"]["threads"]["mean"] == 1
+    assert one["data"]["blobs"]["arms"]["good"]["metrics"]["threads"]["mean"] == 1
 
 
 def test_the_result_is_written_with_all_that_led_to_it(fake):
@@ -152,6 +152,17 @@ def test_an_arm_that_fails_is_named_and_the_others_are_kept(fake, monkeypatch, t
     assert fake.ran() == [(0.4, 3)]
 
 
+def test_a_metric_that_no_arm_measures_ends_the_run_at_once(fake):
+    listed = [{"method": "good", "baseline": "bad", "metric": "knn"}]
+    fake.write(comparisons=listed)
+    with pytest.raises(DataError, match=r"fake\.yaml: comparisons\[0\]\.metric: 'knn' is not among the measurements of arm 'good'"):
+        run(fake, jobs=1)
+    assert fake.ran() == [(0.8, 0)]
+    fake.write()
+    run(fake)
+    assert len(fake.ran()) == 9, "what was measured is kept"
+
+
 def test_a_quick_run_judges_and_leaves_nothing(fake):
     result = run(fake, quick=True)
     assert fake.ran() == [(0.4, 0), (0.8, 0)]
@@ -173,6 +184,7 @@ def test_data_that_are_not_there_are_said(fake, monkeypatch, capsys):
     (fake.folder / "far").mkdir()
     (fake.folder / "far" / "away.parquet").touch()
     assert list(run(fake, seeds=[0, 1, 2])["data"]) == ["blobs", "far"]
+    assert run(fake, seeds=[0, 1, 2], data="far")["left_out"] == ["blobs: not asked for"]
     with pytest.raises(UsageError, match="runs on 'blobs' or 'far', not on 'near'"):
         run(fake, data="near")
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contralto.claims.arms import Task, fingerprint, load, run_tasks
-from contralto.claims.judge import RULE, judge, mean_of
+from contralto.claims.judge import RULE, check_measured, judge, mean_of
 from contralto.claims.outputs import demand_plots, draw
 from contralto.claims.plan import DEVELOPMENT_SEED, Claim, claims, find_claim, load_claim
 from contralto.errors import ContraltoError, DataError, UsageError
@@ -243,6 +243,7 @@ def _present(plan: Claim, data: str | None, *, strict: bool = True) -> tuple[lis
         raise UsageError(f"the claim of {plan.name} runs on {' or '.join(map(repr, plan.data))}, not on {data!r}")
     lacking = {name: _lacking(plan.data[name]) for name in (plan.data if data is None else [data])}
     left_out = [f"{name}: {what} was not found under CONTRALTO_DATA" for name, what in lacking.items() if what]
+    left_out += [f"{name}: not asked for" for name in plan.data if name not in lacking]
     names = [name for name, what in lacking.items() if what is None]
     if strict and not names:
         raise DataError(f"{'; '.join(left_out)}: set CONTRALTO_DATA to the folder that holds it")
@@ -289,9 +290,11 @@ def _measure(
         def told(task: Task, share: float) -> None:
             done[task] = share
             bar.update(shown, completed=round(sum(done.values()), 2), description=f"{plan.name}: {task}")
+            if share == 1 and task.path.exists():
+                check_measured(plan, task.arm, load(task.path))  # now, not after hours
 
-        cores = len(os.sched_getaffinity(0)) if all(task.device == "cpu" for task in tasks) else 1
-        failures = run_tasks(missing, jobs=min(jobs or cores, len(missing)), told=told)
+        wanted = jobs or (_cores() if all(task.device == "cpu" for task in tasks) else 1)
+        failures = run_tasks(missing, jobs=min(wanted, len(missing)), told=told)
     if failures:
         listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
         raise ContraltoError(
@@ -303,6 +306,10 @@ def _measure(
         found.setdefault(task.data, {}).setdefault(task.arm, []).append(load(task.path))
         shutil.rmtree(task.shared, ignore_errors=True)
     return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tasks(
