@@ -744,7 +744,11 @@ def _add_arguments(sub: Any, function: Callable[..., Any], skip: set[str]) -> No
 
     parameters = inspect.signature(function).parameters
     switches = {n: p.default for n, p in parameters.items() if p.annotation is bool and n not in skip}
-    sub.add_function_arguments(function, skip=skip | set(switches), as_group=False, as_positional=True)
+    how: dict[str, Any] = {"skip": skip | set(switches), "as_group": False, "as_positional": True}
+    if inspect.ismethod(function):
+        sub.add_method_arguments(type(function.__self__), function.__name__, **how)
+    else:
+        sub.add_function_arguments(function, **how)
     for name, default in switches.items():
         sub.add_argument(f"--{name}", action=ActionYesNo, default=default)
 

@@ -4,7 +4,7 @@ Everything is a function of the seed, so that the arms of one seed see the same 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,19 @@ from contralto.data.images import decode_image
 from contralto.errors import DataError
 from contralto.systems.selfsup.base import SelfSupervised
 
-__all__ = ["Split", "batches", "cifar", "digit_views", "digits", "features_of", "mlp_encoder", "pretrain"]
+__all__ = [
+    "Split",
+    "batches",
+    "cifar",
+    "conv_encoder",
+    "digit_views",
+    "digits",
+    "features_of",
+    "few_labels",
+    "mlp_encoder",
+    "pretrain",
+    "thinned",
+]  # fmt: skip
 
 SIDE = 8
 
@@ -79,6 +91,32 @@ def cifar(seed: int, *, per_class: int, test: int = 2000, size: int = 32) -> Spl
         return pixels, torch.from_numpy(labels[part][rows])
 
     return Split(*read("train", train), *read("test", held))
+
+
+def thinned(split: Split, sizes: Sequence[int], seed: int) -> Split:
+    """The split with fewer training samples: as many of a class as `sizes` says, classes in an order drawn by the seed.
+
+    Examples
+    --------
+    >>> thinned(digits(0), [5] * 9 + [100], seed=0).train_labels.bincount().sort().values[[0, -1]]
+    tensor([  5, 100])
+    """
+    rng, labels = np.random.default_rng([seed, 5]), split.train_labels.numpy()
+    place, order = rng.permutation(len(sizes)), rng.permutation(len(labels))
+    rows = np.sort(np.concatenate([order[labels[order] == c][: sizes[place[c]]] for c in range(len(sizes))]))
+    return split._replace(train=split.train[rows], train_labels=split.train_labels[rows])
+
+
+def few_labels(labels: Tensor, per_class: int, seed: int) -> npt.NDArray[np.int64]:
+    """Rows of some samples of every class, drawn by the seed: those whose labels a probe may see.
+
+    Examples
+    --------
+    >>> len(few_labels(digits(0).train_labels, 3, seed=0))
+    30
+    """
+    found, order = labels.numpy(), np.random.default_rng([seed, 6]).permutation(len(labels))
+    return np.concatenate([order[found[order] == c][:per_class] for c in np.unique(found)])
 
 
 def digit_views(
@@ -153,8 +191,40 @@ def mlp_encoder(sizes: tuple[int, ...] = (64, 256, 128)) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def conv_encoder(
+    num_features: int, *, widths: tuple[int, ...] = (16, 32, 64), height: int = SIDE, width: int = SIDE
+) -> nn.Sequential:
+    """Convolutions of 3 x 3 with batch norm and ReLU, all but the first with stride 2, and a linear layer; for grey pictures.
+
+    Parameters
+    ----------
+    num_features : int
+    widths : tuple of int
+        Channels.
+    height, width : int
+        Of a picture, which comes as a vector (height * width,).
+
+    Examples
+    --------
+    >>> conv_encoder(64, height=8, width=18)(torch.zeros(2, 144)).shape
+    torch.Size([2, 64])
+    """
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, height, width))]
+    for place, (width_in, width_out) in enumerate(pairwise((1, *widths))):
+        stride = 2 if place else 1
+        layers += [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
+        height, width = -(-height // stride), -(-width // stride)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * height * width, num_features))
+
+
 def batches(
-    split: Split, *, seed: int, batch_size: int, view: Callable[[Tensor, torch.Generator], Tensor], views: int = 2
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    view: Callable[[Tensor, torch.Generator], Tensor],
+    views: int = 2,
+    rows: Callable[[int], npt.NDArray[np.int64]] | None = None,
 ) -> Callable[[int], dict[str, Any]]:
     """Step -> batch of the training part; passes over it in new orders, last incomplete batches are left out.
 
@@ -167,6 +237,8 @@ def batches(
     view : function
         Samples (B, ...) and a generator to one view of them.
     views : int
+    rows : function, optional
+        Step -> rows of its batch, where they come in another order.
 
     Examples
     --------
@@ -179,7 +251,10 @@ def batches(
 
     def make(step: int) -> dict[str, Any]:
         epoch, place = divmod(step, n // size)
-        order = np.random.default_rng([seed, 3, epoch]).permutation(n)[place * size : (place + 1) * size]
+        if rows is None:
+            order = np.random.default_rng([seed, 3, epoch]).permutation(n)[place * size : (place + 1) * size]
+        else:
+            order = rows(step)
         index = torch.from_numpy(order)
         generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 4, step]).integers(2**62)))
         x = split.train[index]

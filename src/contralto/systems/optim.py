@@ -27,6 +27,8 @@ class LARS(torch.optim.Optimizer):
     trust : float
     eps : float
     larc : bool
+    clip : bool
+        The ratio becomes ``min(ratio / lr, 1)``: no step is longer than one of SGD with the same rate (solo-learn's form).
 
     Examples
     --------
@@ -47,6 +49,7 @@ class LARS(torch.optim.Optimizer):
         trust: float = 1e-3,
         eps: float = 1e-8,
         larc: bool = False,
+        clip: bool = False,
     ) -> None:
         if lr < 0 or not 0 <= momentum < 1 or weight_decay < 0 or trust <= 0:
             raise UsageError(
@@ -55,7 +58,7 @@ class LARS(torch.optim.Optimizer):
             )
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "eps": eps, "larc": larc,
-            "adapt": True,
+            "clip": clip, "adapt": True,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -91,6 +94,8 @@ class LARS(torch.optim.Optimizer):
         else:
             of_gradient = torch.stack(torch._foreach_norm(decayed))
             ratio = group["trust"] * of_weight / (of_gradient + eps)
+        if group["clip"]:
+            ratio = (ratio / max(group["lr"], eps)).clamp(max=1)
         both = (of_weight > 0) & (of_gradient > 0)
         ratio = torch.where(both, ratio, torch.ones_like(ratio))
         scaled = torch._foreach_mul(decayed, list(ratio.unbind()))

@@ -55,7 +55,8 @@ def fit_stage(
     module : LightningModule
         What it sums up over an epoch must be in its checkpoints (`on_save_checkpoint`), as other state is.
     loader : DataLoader, optional
-        With an `EpochSampler`, and randomness that is a function of (seed, epoch), as that of `contralto.data.dataset` is.
+        With an `EpochSampler`, or a `GroupBatchSampler` as its batch sampler, and randomness that is a function of
+        (seed, epoch), as that of `contralto.data.dataset` is.
         None is enough for a finished training.
     folder : path
         Belongs to this training alone.
@@ -246,7 +247,10 @@ class _Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         place = checkpoint["place"]
         # The trainer sets the epoch after it has made the first iterator, and loader workers fetch ahead of that.
-        self.loader.sampler.start_at(place["epoch"], place["batches"] * self.loader.batch_size)  # type: ignore[attr-defined]
+        order: Any = self.loader.sampler
+        if self.loader.batch_size is None:  # batches of a sampler's own
+            order = self.loader.batch_sampler
+        order.start_at(place["epoch"], place["batches"] * (self.loader.batch_size or 1))
         if place["batches"]:
             for name, part in pl_module.named_modules():
                 part.training = checkpoint["training"][name]

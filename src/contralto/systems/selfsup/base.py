@@ -102,11 +102,16 @@ class SelfSupervised(LightningModule):
 
     # What a system says of itself.
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """The views of a picture that a step wants; here SimCLR's two."""
         from contralto.views.presets import simclr_pair
 
         return simclr_pair(size, mean=mean, std=std)
+
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Told by a job before training: the names of the labels, in the order of their numbers. Most systems do not care."""
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch: `loss` (scalar) and what else is to be logged; `features` (B, F) of the first view, detached."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
+from contralto.distributed import mean_weight
 from contralto.encoders.heads import mlp
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.systems.selfsup.base import Optimizer, SelfSupervised
@@ -69,7 +70,9 @@ class BYOL(SelfSupervised):
             self.predictor = mlp([dim, hidden, dim], norm="batch")
         self.target_encoder, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """The paper's two views, of which the second is solarised now and then."""
         from contralto.views.presets import byol_pair
 
@@ -86,6 +89,7 @@ class BYOL(SelfSupervised):
             2 - 2 * F.cosine_similarity(p, t, dim=1).mean() for p, t in zip(predictions, targets[::-1], strict=True)
         )
         assert isinstance(loss, Tensor)
+        loss = loss * mean_weight(torch.tensor(len(views[0]), device=loss.device))
         return {"loss": loss, "features": features[0].detach()}
 
     def at_step_end(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contralto.data.dataset import Batch
-from contralto.distributed import gather_rows
+from contralto.distributed import gather_rows, mean_weight
 from contralto.encoders.heads import mlp
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
@@ -88,7 +88,8 @@ class MoCo(SelfSupervised):
             if len(losses) == 1:
                 first = features.detach()
         self.queue.enqueue(gather_rows(torch.cat(keys)))
-        return {"loss": torch.stack(losses).mean(), "features": first}
+        loss = torch.stack(losses).mean() * mean_weight(torch.tensor(len(views[0]), device=past.device))
+        return {"loss": loss, "features": first}
 
     def _against(self, query: Tensor, key: Tensor, past: Tensor) -> Tensor:
         """InfoNCE where only the own key and the queue are in the denominator (not the other keys of the batch)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from contralto.data.dataset import Batch
+from contralto.distributed import gather_with_gradient
 from contralto.encoders.heads import mlp
 from contralto.losses.pairs import nt_xent
 from contralto.systems.selfsup.base import Optimizer, SelfSupervised
@@ -66,7 +67,7 @@ class SimCLR(SelfSupervised):
         """Loss of a batch of two views."""
         views = self.checked(batch, 2)
         features = self.encoder(torch.cat(views))
-        z0, z1 = self.projector(features).chunk(2)
+        z0, z1 = (gather_with_gradient(z) for z in self.projector(features).chunk(2))  # negatives of all ranks
         return {
             "loss": nt_xent(z0, z1, temperature=self.temperature),
             "features": features[: len(views[0])].detach(),
