@@ -38,8 +38,8 @@ class PixPro(SelfSupervised):
     Parameters
     ----------
     encoder : nn.Module
-        With ``forward_map(x)``, a map (B, num_features, h, w) or a list of maps of one width (a pyramid, whose levels' losses are
-        averaged); without that method, the encoder itself must give the map.
+        With ``forward_map(x)`` for a map (B, num_features, h, w), or ``forward_maps(x)`` for several of one width (a pyramid, the
+        losses of whose levels are averaged); without either, the encoder itself must give the map.
     num_features, ..., start_lr, final_lr
         See `SelfSupervised`. The paper's rate is ``batch_size / 256`` with LARS.
     hidden, dim : int
@@ -227,9 +227,9 @@ class PixPro(SelfSupervised):
 
 
 def _maps(encoder: nn.Module, x: Tensor, channels: int) -> list[Tensor]:
-    forward: Any = getattr(encoder, "forward_map", encoder)
-    found = forward(x)
-    maps = list(found) if isinstance(found, list | tuple) else [found]
+    several: Any = getattr(encoder, "forward_maps", None)
+    one: Any = getattr(encoder, "forward_map", encoder)
+    maps: list[Tensor] = list(several(x)) if several is not None else [one(x)]
     for cells in maps:
         if cells.ndim != 4 or cells.shape[1] != channels:
             raise UsageError(
