@@ -12,7 +12,7 @@ files, the latter seen at 224 (mosaics of CamVid frames, as in `reading.py`). Ea
   counted), `decoding` decodes them in every epoch. solo-learn resizes bicubically, and so does `cached, bicubic`.
 
 Every loader is a process of its own with 0, 1 or 2 workers, whichever is fastest in a first try; its turn is one epoch, and turns
-go round, so that whatever else the machine does disturbs all alike. Medians over rounds of wall time, and of CPU time with that of
+go round, so that whatever else the machine does disturbs all alike. Medians of wall time, and of CPU time with that of
 the workers. `left` says where our own time goes, in one process and one thread.
 """
 
