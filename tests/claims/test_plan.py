@@ -24,7 +24,7 @@ GOOD = {"method": "good", "baseline": "bad", "metric": "right"}
         ({"comparisons": []}, "comparisons: must be a list of at least one"),
         ({"comparisons": [GOOD | {"gate": False}]}, "must have one without `gate: false`"),
         ({"comparisons": [GOOD, GOOD | {"metrics": "x"}]}, "comparisons[1].metrics: unknown key; did you mean metric?"),
-        ({"comparisons": [GOOD | {"baseline": "worse"}]}, "comparisons[0].baseline: no arm is called 'worse'; there are: good, bad"),
+        ({"comparisons": [GOOD | {"baseline": "worse"}]}, "[0].baseline: no arm is called 'worse'; there are: good, bad"),
         ({"comparisons": [GOOD | {"method": ["good", "bad"]}]}, "comparisons[0]: must have one arm as method and as baseline"),
         ({"comparisons": [GOOD | {"above": 3}]}, "comparisons[0]: must have either a baseline or a bound"),
         ({"comparisons": [{"method": "good", "metric": "right"}]}, "comparisons[0]: must have either a baseline or a bound"),
