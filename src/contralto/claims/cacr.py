@@ -7,8 +7,8 @@ rotations, scalings, shifts and noise, encoder 64-256-128 with batch norm, head 
 1e-3: the card's recipe. Arms: CACR at two inverse temperatures; with uniform weights for both sides or either, and with weights
 that carry no gradient; NT-Xent and decoupled contrast over the three pairs of views. All see the same views.
 
-What decides is 10 nearest neighbours with all training labels, CACR (tau_neg 0.9, the default) against uniform weights, by at least
-a point. A class-balanced logistic probe (mean recall), and CACR against the other losses, are reported.
+What decides is 10 nearest neighbours with all training labels: CACR (tau_neg 0.9, the default) against uniform weights, by at
+least a point. A class-balanced logistic probe (mean recall), and CACR against the other losses, are reported.
 """
 
 from collections.abc import Callable, Mapping
