@@ -215,7 +215,7 @@ def stage(number=0, **more):
 class TestLearnerOfAStage:
     @pytest.mark.parametrize(
         ("base", "system", "more"),
-        [("simclr", SimCLR, {}), ("moco", MoCo, {"queue_size": 24, "decay": 0.9}), ("byol", BYOL, {"decay": 0.9})],
+        [("simclr", SimCLR, {}), ("moco", MoCo, {"queue_size": 24, "decay": 0.9, "temperature": 0.5}), ("byol", BYOL, {"decay": 0.9})],
     )
     def test_the_loss_is_that_of_the_base_untouched(self, base, system, more):
         plain = steps.without_batch_norm(system(steps.encoder(), **FACTS, **more))
