@@ -41,6 +41,11 @@ class PairsOfViews(SelfSupervised):
         See `SelfSupervised`.
     loss : {"nt_xent", "dcl"}
     temperature : float
+
+    Attributes
+    ----------
+    projector : nn.Module
+        To be set.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class PairsOfViews(SelfSupervised):
         **arguments: Any,
     ) -> None:
         super().__init__(encoder, **arguments)
-        self.pairwise, self.temperature = {"nt_xent": nt_xent, "dcl": dcl}[loss], temperature
+        self.pairwise: Callable[..., Tensor] = {"nt_xent": nt_xent, "dcl": dcl}[loss]
+        self.temperature = temperature
+        self.projector: nn.Module = nn.Identity()
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch of views."""
