@@ -6,8 +6,9 @@
 Three losses over batches of N pairs (D = 256, single precision): InfoNCE and CLIP on N x N, NT-Xent on 2 N rows. Every form is a
 process of its own that waits for its turn; turns go round, so that whatever else the machine does disturbs all alike. A turn is
 forward and backward from raw rows, as often as 0.2 s need, each with fresh gradients. Medians over rounds, of wall and of CPU
-time; `floor` are the products alone that the loss needs (three of N x N x D for InfoNCE, four for CLIP, two of 2 N x 2 N x D for
-NT-Xent), timed in the same rounds. Memory is the most that a turn takes beyond its inputs.
+time, and of their ratios within a round; `floor` are the products alone that the loss needs (three of N x N x D for InfoNCE; for
+CLIP three while the matrix fits one tile and four from there on; two of 2 N x 2 N x D for NT-Xent). Memory is the most that one
+turn takes beyond its inputs. The largest size is run once, for its memory.
 
 Peers: `plain` is the cross-entropy of the matrix, as a few lines of PyTorch; lightly, pytorch-metric-learning, solo-learn
 (NT-Xent) and open_clip (CLIP) where they are installed; who is not there, or needs more than `LIMIT_GIB` of memory, has a row
@@ -15,7 +16,9 @@ that says so.
 """
 
 import argparse
+import ctypes
 import gc
+import importlib.util
 import json
 import resource
 import statistics
@@ -29,13 +32,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from contralto.losses import contrast, pairs, tiled
+from contralto.losses import pairs, tiled
+from contralto.losses.contrast import contrast
 from contralto.pipelines.outputs import environment
 
 DIM, TEMPERATURE = 256, 0.1
 SIZES = [64, 256, 512, 1024, 2048, 4096, 8192, 16384]
 LARGE = 65536
-ROUNDS, TURN, LIMIT_GIB = 7, 0.2, 8
+ROUNDS, TURN, LIMIT_GIB = 5, 0.2, 8
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -55,16 +59,13 @@ def plain_nt_xent(a, b):
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(a)))
 
 
-def dense(function) -> Loss:
-    """The engine with the whole matrix."""
-    contrast.TILED_FROM = pairs.SYMMETRIC_FROM = sys.maxsize
+def ours(function) -> Loss:
     return lambda a, b: function(a, b, temperature=TEMPERATURE)
 
 
-def tiles(function) -> Loss:
-    """The engine in tiles, at every size."""
-    contrast.TILED_FROM = pairs.SYMMETRIC_FROM = 0
-    return lambda a, b: function(a, b, temperature=TEMPERATURE)
+def engine(a, b):
+    """InfoNCE by the general form, which takes any positives, weights and temperatures."""
+    return contrast(a, b, positives=torch.arange(len(a)), temperature=TEMPERATURE)
 
 
 def lightly_nt_xent() -> Loss:
@@ -80,20 +81,15 @@ def pml_nt_xent() -> Loss:
 
 
 def solo_nt_xent() -> Loss:
-    from solo.losses.simclr import simclr_loss_func
-
-    n = {}
-
-    def loss(a, b):
-        if len(a) not in n:
-            n[len(a)] = torch.arange(len(a)).repeat(2)
-        return simclr_loss_func(torch.cat([a, b]), indexes=n[len(a)], temperature=TEMPERATURE)
-
-    import inspect
-
-    if "z2" in inspect.signature(simclr_loss_func).parameters:
-        return lambda a, b: simclr_loss_func(a, b, temperature=TEMPERATURE)
-    return loss
+    package = importlib.util.find_spec("solo")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'solo'")
+    # The file alone: the package imports trainers of older versions of Lightning.
+    where = Path(package.submodule_search_locations[0], "losses", "simclr.py")
+    spec = importlib.util.spec_from_file_location("solo_simclr", where)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda a, b: module.simclr_loss_func(a, b, temperature=TEMPERATURE)
 
 
 def open_clip_loss() -> Loss:
@@ -104,43 +100,48 @@ def open_clip_loss() -> Loss:
     return lambda a, b: loss(F.normalize(a, dim=1), F.normalize(b, dim=1), scale)
 
 
-def floor(products: float, rows: int):
-    """Only the products, on matrices of the largest size that is handy, scaled."""
+def floor(loss: str):
+    """The products alone, in the tiles that the engine takes."""
+    kept: dict[int, list[torch.Tensor]] = {}
 
     def run(a, b):
-        n = len(a) * rows
-        x = torch.cat([a, b]).detach()[:n] if rows == 2 else a.detach()
-        y = x if rows == 2 else b.detach()
-        step = tiled.tile_rows(n, 4)
-        tile, back, forth = torch.empty(min(step, n), n), torch.empty(min(step, n), DIM), torch.zeros(n, DIM)
-        count = 0.0
+        n = len(a) * (2 if loss == "nt_xent" else 1)
+        step = min(tiled.tile_rows(n, 4), n)
+        if n not in kept:
+            kept[n] = [
+                torch.randn(n, DIM),
+                torch.randn(n, DIM),
+                torch.rand(step, n),
+                torch.empty(n, DIM),
+                torch.empty(n, DIM),
+            ]
+        x, y, tile, back, forth = kept[n]
         for start in range(0, n, step):
             part = x[start : start + step]
-            torch.mm(part, y.T, out=tile[: len(part)])
-            if products == 4:
-                torch.mm(part, y.T, out=tile[: len(part)])
-            if products > 2 or start < n / 2:  # two of a symmetric matrix: half of the first, half of both others
-                torch.mm(tile[: len(part)], y, out=back[: len(part)])
-                forth.addmm_(tile[: len(part)].T, part)
-        return count
+            share = tile[: len(part)]
+            torch.mm(part, y.T, out=share)
+            if loss == "clip" and step < n:
+                torch.mm(part, y.T, out=share)
+            torch.mm(share, y, out=back[start : start + step])
+            if loss != "nt_xent":
+                forth.addmm_(share.T, part)
 
     return run
 
 
 FORMS: dict[str, dict[str, Callable[[], Any]]] = {
     "info_nce": {
-        "floor": lambda: floor(3, 1), "plain": lambda: plain_info_nce, "dense": lambda: dense(pairs.info_nce),
-        "tiled": lambda: tiles(pairs.info_nce), "auto": lambda: lambda a, b: pairs.info_nce(a, b, temperature=TEMPERATURE),
+        "floor": lambda: floor("info_nce"), "plain": lambda: plain_info_nce,
+        "contralto": lambda: ours(pairs.info_nce), "contrast": lambda: engine,
     },
     "clip": {
-        "floor": lambda: floor(4, 1), "plain": lambda: plain_clip, "dense": lambda: dense(pairs.clip),
-        "tiled": lambda: tiles(pairs.clip),
-        "auto": lambda: lambda a, b: pairs.clip(a, b, temperature=TEMPERATURE), "open_clip": open_clip_loss,
+        "floor": lambda: floor("clip"), "plain": lambda: plain_clip,
+        "contralto": lambda: ours(pairs.clip), "open_clip": open_clip_loss,
     },
     "nt_xent": {
-        "floor": lambda: floor(2, 2), "plain": lambda: plain_nt_xent, "dense": lambda: dense(pairs.nt_xent),
-        "tiled": lambda: tiles(pairs.nt_xent), "auto": lambda: lambda a, b: pairs.nt_xent(a, b, temperature=TEMPERATURE),
-        "lightly": lightly_nt_xent, "pytorch-metric-learning": pml_nt_xent, "solo-learn": solo_nt_xent,
+        "floor": lambda: floor("nt_xent"), "plain": lambda: plain_nt_xent,
+        "contralto": lambda: ours(pairs.nt_xent), "lightly": lightly_nt_xent,
+        "pytorch-metric-learning": pml_nt_xent, "solo-learn": solo_nt_xent,
     },
 }  # fmt: skip
 
@@ -166,23 +167,25 @@ def worker(loss: str, form: str, n: int) -> None:
         return None
 
     try:
+        once() if n < LARGE else None  # what is set up once
+        a.grad = b.grad = None
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-        before = peak_bytes()
+        before, started = peak_bytes(), time.perf_counter()
         value = once()
-        memory = peak_bytes() - before
-        started = time.perf_counter()
-        once()
-        repeats = max(1, round(TURN / (time.perf_counter() - started)))
+        row = {"value": value, "extra_mib": round((peak_bytes() - before) / 2**20, 1)}
+        if n >= LARGE:
+            row["wall_ms"] = round(1000 * (time.perf_counter() - started), 1)
     except (RuntimeError, MemoryError) as error:
-        print(json.dumps({"failed": str(error).partition("\n")[0][:120]}), flush=True)
-        return
-    print(json.dumps({"value": value, "extra_mib": round(memory / 2**20, 1)}), flush=True)
+        row = {"failed": str(error).partition("\n")[0][:120]}
+    print(json.dumps(row), flush=True)
     for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(repeats):
+        wall, cpu, count = time.perf_counter(), time.process_time(), 0
+        while count == 0 or time.perf_counter() - wall < TURN:
             once()
-        told = [(time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats]
+            count += 1
+        told = [(time.perf_counter() - wall) / count, (time.process_time() - cpu) / count]
         print(json.dumps(told), flush=True)
 
 
@@ -192,40 +195,45 @@ def used_address_space() -> int:
 
 def measure(loss: str, n: int, rounds: int) -> list[dict[str, Any]]:
     """All forms of a loss at one size, in turns."""
-    processes, rows = {}, []
-    for form in FORMS[loss]:
-        command = [sys.executable, __file__, "--worker", loss, form, str(n)]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    forms = [form for form in FORMS[loss] if n < LARGE or form != "floor"]
+    rows, timed, started = [], {}, {}
+    for k, form in enumerate(forms):
+        for ahead in forms[
+            k : len(forms) if n <= 2048 else k + 1
+        ]:  # small ones begin together: they take long to import
+            if ahead not in started:
+                started[ahead] = subprocess.Popen(
+                    [sys.executable, __file__, "--worker", loss, ahead, str(n)],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )  # fmt: skip
+        process = started[form]
         first = process.stdout.readline()
-        row = {"loss": loss, "form": form, "n": n}
-        if not first:
-            last = process.stderr.read().strip().splitlines()[-1:]
-            row["failed"] = last[0][:120] if last else "ended"
+        rows.append({"loss": loss, "form": form, "n": n})
+        if first:
+            rows[-1] |= json.loads(first)
         else:
-            row |= json.loads(first)
-        rows.append(row)
-        if "failed" not in row:
-            processes[form] = (process, row, [])
+            rows[-1]["failed"] = (process.stderr.read().strip().splitlines() or ["ended"])[-1][:120]
+        if "failed" in rows[-1] or n >= LARGE:
+            process.stdin.close()
+            process.wait()
+        else:
+            timed[form] = (process, rows[-1], [])
     for _ in range(rounds):
-        for process, _, times in processes.values():
+        for process, _, times in timed.values():
             process.stdin.write("\n")
             process.stdin.flush()
             times.append(json.loads(process.stdout.readline()))
-    for process, row, times in processes.values():
+    for form, (process, row, times) in timed.items():
         process.stdin.close()
         process.wait()
         for k, name in enumerate(("wall", "cpu")):
             values = sorted(t[k] for t in times)
-            row |= {f"{name}_ms": round(1000 * statistics.median(values), 3)}
+            row[f"{name}_ms"] = round(1000 * statistics.median(values), 3)
             row[f"{name}_ms_range"] = [round(1000 * values[0], 3), round(1000 * values[-1], 3)]
-    bare = processes.get("floor")
-    for form, (_, row, times) in processes.items():
-        for peer in ("floor", "plain"):
-            if peer in processes and form != peer and bare is not None:
-                ratios = [t[1] / p[1] for t, p in zip(times, processes[peer][2], strict=True)]
-                row[f"over_{peer}"] = round(statistics.median(ratios), 3)
+            for peer in ("floor", "plain"):
+                if peer in timed and form != peer:
+                    ratios = [t[k] / p[k] for t, p in zip(times, timed[peer][2], strict=True)]
+                    row[f"{name}_over_{peer}"] = round(statistics.median(ratios), 3)
     for row in rows:
         print(json.dumps(row), flush=True)
     return rows
@@ -233,15 +241,14 @@ def measure(loss: str, n: int, rounds: int) -> list[dict[str, Any]]:
 
 def by_tile() -> None:
     """CPU time of InfoNCE by the size of a tile."""
-    for n in (2048, 8192):
-        for mib in (0.5, 1, 2, 4, 8, 16, 32):
-            tiled.TILE_BYTES = int(mib * 2**20)
-            function = tiles(pairs.info_nce)
+    for n in (2048, 8192, 16384):
+        for mib in (1, 2, 4, 8, 16, 24, 32, 48):
+            tiled.TILE_BYTES = mib * 2**20
             a, b = torch.randn(n, DIM, requires_grad=True), torch.randn(n, DIM, requires_grad=True)
             times = []
             for _ in range(4):
                 started = time.process_time()
-                function(a, b).backward()
+                pairs.info_nce(a, b).backward()
                 times.append(time.process_time() - started)
             print(f"N {n}, tiles of {mib} MiB: {1000 * min(times):.0f} ms")
 
@@ -266,7 +273,7 @@ def main() -> None:
         for n in a.sizes:
             if any((r["loss"], r["n"]) == (loss, n) for r in result["rows"]):
                 continue
-            result["rows"] += measure(loss, n, ROUNDS if n <= 8192 else 3 if n <= 16384 else 1)
+            result["rows"] += measure(loss, n, ROUNDS if n <= 4096 else 3)
             result["environment"] = environment()
             a.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -43,6 +43,7 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +56,8 @@ import pyarrow.parquet as pq
 import torch
 from webly import components, draw, eval_features
 
-from contralto.claims.capro import DEVELOPMENT_SEED, held_out, with_split
-from contralto.claims.runner import found_once
+from contralto.claims.capro import held_out, with_split
+from contralto.claims.plan import DEVELOPMENT_SEED
 from contralto.data.definitions import load_definitions
 from contralto.data.ingest import ingest
 from contralto.data.manifest import ClassInfo, Manifest
@@ -159,6 +160,18 @@ def run_arm(arm: str, rate: float, seed: int, work: Path) -> dict:
     folder = work / "found" / f"{arm}-{rate}-{seed}"
     found = found_once(folder, lambda: train_arm(arm, rate, seed, work, folder))
     return found | {"scores": {k: np.load(folder / f"{k}.npy", allow_pickle=False) for k in found["answers"]}}
+
+
+def found_once(folder: Path, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an arm found: from `found.json` of its folder, or by training it in the emptied folder and keeping it there."""
+    done = folder / "found.json"
+    if done.exists():
+        return dict(json.loads(done.read_text(encoding="utf-8")))
+    shutil.rmtree(folder, ignore_errors=True)
+    found = train()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))  # NaN is read back
+    return found
 
 
 def train_arm(arm: str, rate: float, seed: int, work: Path, folder: Path) -> dict:

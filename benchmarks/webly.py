@@ -46,8 +46,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rivals import TRAININGS, datalab, told_to_forget
 
-from contralto.claims.capro import DEVELOPMENT_SEED, right_share, shared_manifest
-from contralto.claims.runner import compare
+from contralto.claims.capro import right_share, shared_manifest
+from contralto.claims.plan import DEVELOPMENT_SEED
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.text import names_in_texts
@@ -346,6 +346,20 @@ def choose_score(job: Arm, probability: np.ndarray) -> float:
     right = (probability.argmax(1) == labels) * weight
     classes = [right[labels == c].sum() / weight[labels == c].sum() for c in np.unique(labels)]
     return float(np.mean(classes))
+
+
+def compare(right: dict, pairs: list, labels: np.ndarray, groups: np.ndarray) -> list[dict]:
+    """Differences between arms (S, N) that were trained in pairs, with 95 % intervals over seeds and groups, and verdicts."""
+    comparisons = []
+    for method, baseline in pairs:
+        difference = right[method] - right[baseline]
+        entry = {"method": method, "baseline": baseline}
+        for key, macro in (("accuracy", False), ("macro", True)):
+            entry[key] = accuracy_interval(difference, labels, groups=groups, macro=macro)._asdict()
+        low, high = entry["macro"]["low"], entry["macro"]["high"]
+        entry["verdict"] = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
+        comparisons.append(entry)
+    return comparisons
 
 
 def hard_classes(name: str, manifest: Manifest) -> np.ndarray:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from contralto.systems.registry import get_job
 
-STAGES = ["plain", "vanilla", "capro", "finetune"]
+STAGES = ["plain", "vanilla", "capro", "finetune", "training"]
 
 
 def whole(folder):
@@ -56,7 +56,7 @@ def note_steps(system, log, wanted=None, number=0):
     step, seen = system.training_step, [0]
 
     def noted(self, batch, batch_idx):
-        stage = self.hparams.stage
+        stage = self.hparams.get("stage", "training")  # a job with one training has no stages
         seen[0] += stage == wanted
         if wanted and (STAGES.index(stage) > STAGES.index(wanted) or seen[0] == number):
             die()

@@ -19,7 +19,7 @@ from contralto.errors import ContraltoError, DataError, UsageError
 
 __all__ = ["main"]
 
-_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "stage"}
+_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "num_samples", "steps_per_epoch", "stage"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,7 +184,7 @@ def evaluate(
     split: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Measure the accuracy of a finished run on data with clean labels.
+    """Measure a finished run on data with right labels: the accuracy of a classifier, or what an encoder is worth.
 
     Args:
         run: Run folder.
@@ -198,9 +198,11 @@ def evaluate(
 
     from contralto.data.ingest import ingest
     from contralto.evaluation.classification import accuracy_interval
-    from contralto.systems.webly.model import load
+    from contralto.pipelines.embedding import Embedder, load
 
     model = load(run)
+    if isinstance(model, Embedder):
+        return _evaluate_encoder(model, data, label_column, image_column, group_column, split, show)
     if model.multilabel:
         return _evaluate_sets(model, data, label_column, image_column, split, show)
     manifest = ingest(
@@ -238,6 +240,33 @@ def evaluate(
             )
         table.add_row("top 5", _percent(result["top5"]), "")
         _console().print(table)
+    return result
+
+
+def _evaluate_encoder(
+    model: Any,
+    data: str,
+    label_column: str | None,
+    image_column: str | None,
+    group_column: str | None,
+    split: str | None,
+    show: bool,
+) -> dict[str, Any]:
+    from contralto.pipelines.embedding import evaluate_encoder
+
+    result = evaluate_encoder(
+        model, data, label_column=label_column, image_column=image_column, group_column=group_column, split=split
+    )
+    if show:
+        table = _table("", "value", "95 % interval")
+        for name, told in (("probe", "linear probe"), ("knn", "nearest neighbours")):
+            low, high = _percent(result[f"{name}_low"]), _percent(result[f"{name}_high"])
+            table.add_row(told, _percent(result[name]), f"{low} to {high}")
+        for name in ("nmi", "uniformity", "alignment", "effective_rank"):
+            table.add_row(name.replace("_", " "), f"{result[name]:.3f}", "")
+        _console().print(table)
+        told = f"{result['learnt_from']} images to learn from, {result['tested']} to test"
+        _console().print(told, highlight=False)
     return result
 
 
@@ -299,7 +328,7 @@ def predict(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.systems.webly.model import load
+    from contralto.pipelines.embedding import load
 
     model, target = load(run), out or Path("predictions.parquet")
     applied = apply_model(model, data, target, threshold=threshold, image_column=image_column, on=on)
@@ -323,7 +352,7 @@ def embed(
     on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Embed images in the space of a run's prototypes; writes Parquet with id and embedding.
+    """Embed images, by a pretrained encoder or in the space of a run's prototypes; writes Parquet with id and embedding.
 
     Args:
         run: Run folder.
@@ -333,12 +362,12 @@ def embed(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.systems.webly.model import load
+    from contralto.pipelines.embedding import load
 
     model, target = load(run), out or Path("embeddings.parquet")
     applied = apply_model(model, data, target, task="embed", image_column=image_column, on=on)
     _print_skipped(applied.skipped)
-    width = int(model.config["dim"])
+    width = len(applied.head[0]["embedding"])
     if show:
         _console().print(f"{applied.n} embeddings of width {width} in {target}", highlight=False)
     return {"n": applied.n, "width": width, "file": str(target)}
@@ -491,8 +520,13 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     from contralto.data.manifest import Manifest
     from contralto.review.report import write_report
 
-    manifest = Manifest.load(run / "manifest")
-    target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
+    if (run / "built.json").is_file():
+        from contralto.pipelines.embedding import report_encoder
+
+        target = report_encoder(run, out=out)
+    else:
+        manifest = Manifest.load(run / "manifest")
+        target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)
     if show:
         _console().print(f"{target}, {target.stat().st_size / 2**20:.1f} MB", highlight=False)
     return {"report": str(target)}
@@ -533,34 +567,63 @@ def review(
 
 
 def reproduce(
-    system: str,
+    system: str | None = None,
     *,
     out: Path = Path("results/claims"),
     data: str | None = None,
-    seeds: int = 5,
+    seeds: str | None = None,
+    budget: dict[str, Any] | None = None,
+    device: str = "cpu",
     quick: bool = False,
+    jobs: int | None = None,
+    work: Path = Path("runs/claims"),
+    all: bool = False,  # noqa: A002 (the word of the command line)
+    table: bool = False,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Run the claim of a system's paper as a paired experiment, and judge it.
+    """Run the claim of a system's paper as a paired experiment, and judge it. Called again, it goes on where it stopped.
 
     Args:
-        system: Name of the system.
-        out: Folder for the JSON with all figures.
-        data: One of the claim's data sets; default: all.
-        seeds: Number of paired trainings, from seed 0.
-        quick: A small version that says nothing about the claim, for a look at the machinery.
+        system: Name of a claim, or the path of a claim's YAML file.
+        out: Folder for the JSON with all figures and the picture.
+        data: One of the claim's data sets; default: all that are there.
+        seeds: Number of paired trainings, from seed 0; or a list: 3,4 (a single one: 3,). Default: as the claim says.
+        budget: Changes to the claim's budget: --budget.steps 100.
+        device: Where arms are trained.
+        quick: A small version that says nothing about the claim and writes nothing, for a look at the machinery.
+        jobs: Processes at a time; default: one per core, and one on another device than the CPU.
+        work: Folder where finished arms are kept.
+        all: All claims, with --quick: do they run?
+        table: Write the page of all claims, docs/claims.md, from the results in --out.
     """
-    from contralto.claims.runner import get_claim, points
+    from contralto.claims.outputs import effect, measure, sides, write_page
+    from contralto.claims.runner import parse_seeds, smoke
+    from contralto.claims.runner import reproduce as run
 
-    result: dict[str, Any] = get_claim(system)(out, data=data, seeds=seeds, quick=quick, progress=show)
+    if (system is not None) + all + table != 1:
+        raise UsageError("name one system; or --all --quick; or --table")
+    if table:
+        page = write_page(out, Path("docs/claims.md"))
+        if show:
+            _console().print(str(page), highlight=False)
+        return {"page": str(page)}
+    if system is None:
+        if not quick:
+            raise UsageError("--all needs --quick; the full trainings of a claim are run one by one")
+        outcome = smoke(jobs=jobs, device=device, progress=show)
+        if show:
+            _console().print("\n".join(f"{name}: {told}" for name, told in outcome.items()), highlight=False)
+        return outcome
+    result = run(
+        system, out, data=data, seeds=parse_seeds(seeds), budget=budget, device=device, quick=quick, jobs=jobs,
+        work=work, progress=show,
+    )  # fmt: skip
     if show:
-        every = [(name, c) for name, found in result["data"].items() for c in found["comparisons"]]
-        parts = [k for k in every[0][1] if k.startswith("macro")]
-        told = ["mean over classes" if k == "macro" else f"{k.removeprefix('macro_')} classes" for k in parts]
-        table = _table("data", "method", "baseline", *told, "verdict")
-        for name, c in every:
-            table.add_row(name, c["method"], c["baseline"], *(points(c[k]) for k in parts), c["verdict"])
-        _console().print(table)
+        shown = _table("data", "compared", "measure", "effect", "verdict")
+        for name, found in result["data"].items():
+            for c in found["comparisons"]:
+                shown.add_row(name, sides(c), measure(c), effect(c), c["verdict"])
+        _console().print(shown)
         _console().print("\n".join(f"{name}: {found['verdict']}" for name, found in result["data"].items()))
     return result
 
@@ -651,6 +714,11 @@ def _parser(words: Sequence[str]) -> Any:
             sub.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these arguments")
             sub.add_argument("--preset", type=str, default=None, help="named arguments, which others go before")
             _add_job_arguments(sub, _named_system(words), _named_preset(words))
+        elif name == "reproduce":  # --all and --table name no system
+            sub.add_argument(
+                "system", type=str | None, nargs="?", default=None, help="name of a claim, or its YAML file"
+            )
+            _add_arguments(sub, function, {"show", "system"})
         elif name != "fit":
             _add_arguments(sub, function, {"show"})
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -676,7 +744,11 @@ def _add_arguments(sub: Any, function: Callable[..., Any], skip: set[str]) -> No
 
     parameters = inspect.signature(function).parameters
     switches = {n: p.default for n, p in parameters.items() if p.annotation is bool and n not in skip}
-    sub.add_function_arguments(function, skip=skip | set(switches), as_group=False, as_positional=True)
+    how: dict[str, Any] = {"skip": skip | set(switches), "as_group": False, "as_positional": True}
+    if inspect.ismethod(function):
+        sub.add_method_arguments(type(function.__self__), function.__name__, **how)
+    else:
+        sub.add_function_arguments(function, **how)
     for name, default in switches.items():
         sub.add_argument(f"--{name}", action=ActionYesNo, default=default)
 
@@ -708,12 +780,16 @@ def _summary(run: Path) -> dict[str, Any]:
     with naming(run / "metrics.json"):
         metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    return {"run": str(run), "report": str(run / "report.html"), "system": config["system"], **metrics}
+    report = run / "report.html"
+    return {"run": str(run), "report": str(report) if report.exists() else None, "system": config["system"], **metrics}
 
 
 def _print_summary(result: dict[str, Any], seconds: float) -> None:
     from contralto.systems.registry import SYSTEMS
 
+    if "counts" not in result:
+        _print_encoder(result, seconds)
+        return
     table = _table("", "accuracy", "mean over classes", "95 % interval")
     for key, told in (("plain", "plain training"), ("model", SYSTEMS[result["system"]].title)):
         if key in result.get("test", {}):
@@ -747,6 +823,24 @@ def _print_summary(result: dict[str, Any], seconds: float) -> None:
     console.print(", ".join(f"{n} {v}" for v, n in result["counts"].items()), highlight=False)
     console.print(
         f"report: {result['report']}  ({seconds:.0f} s, {result['memory_gib']} GiB)", highlight=False, soft_wrap=True
+    )
+
+
+def _print_encoder(result: dict[str, Any], seconds: float) -> None:
+    """What a pretraining said at its end."""
+    table = _table("last epoch", "")
+    for name in ("loss", "probe", "knn"):
+        if name in result:
+            told = {"loss": "loss", "probe": "linear probe beside", "knn": "nearest neighbours"}[name]
+            table.add_row(told, f"{result[name]:.4g}" if name == "loss" else _percent(result[name]))
+    console = _console()
+    console.print(table)
+    run = result["run"]
+    console.print(
+        f"encoder: {run}/encoder  ({result['pictures']} images, {seconds:.0f} s)", highlight=False, soft_wrap=True
+    )
+    console.print(
+        f"next: contralto evaluate {run} LABELLED, contralto embed {run} IMAGES", highlight=False, soft_wrap=True
     )
 
 

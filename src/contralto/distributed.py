@@ -1,10 +1,14 @@
 """What several processes share: rank, gathering, broadcasting. With one process, every function is the identity."""
 
+from typing import Any, Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather_rows", "is_main", "mean_weight", "rank", "world_size"]
+__all__ = [
+    "gather_rows", "gather_with_gradient", "is_main", "mean_weight", "rank", "reduce_over_ranks", "world_size",
+]  # fmt: skip
 
 
 def is_distributed() -> bool:
@@ -60,6 +64,37 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.stack(parts, 1)[there.to(x.device)]
 
 
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As `gather_rows`, but every row takes the gradients of all processes, added.
+
+    With losses that are means over local anchors, the mean over ranks of the gradients is then that of the global batch.
+
+    Examples
+    --------
+    >>> gather_with_gradient(torch.ones(2, requires_grad=True))
+    tensor([1., 1.], requires_grad=True)
+    """
+    if world_size() == 1:
+        return x
+    gathered: Tensor = _Gather.apply(x)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        owner = torch.full((x.shape[0],), rank(), device=x.device)
+        ctx.save_for_backward(gather_rows(owner) == rank())
+        return gather_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (own,) = ctx.saved_tensors
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[own]
+
+
 def mean_weight(count: Tensor) -> float:
     """What a mean over `count` local rows is multiplied by, so that the mean over ranks is the mean over all rows.
 
@@ -73,3 +108,19 @@ def mean_weight(count: Tensor) -> float:
     total = count.detach().clone()
     dist.all_reduce(total)
     return int(count) * world_size() / max(int(total), 1)
+
+
+@torch.no_grad()
+def reduce_over_ranks(x: Tensor, how: Literal["sum", "max"] = "sum") -> Tensor:
+    """The sum or maximum of a tensor of one shape over all processes, without gradient.
+
+    Examples
+    --------
+    >>> reduce_over_ranks(torch.tensor([1.0, 2.0]))
+    tensor([1., 2.])
+    """
+    if world_size() == 1:
+        return x
+    reduced = x.detach().clone()
+    dist.all_reduce(reduced, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return reduced

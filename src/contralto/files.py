@@ -17,7 +17,16 @@ from contralto.errors import ContraltoError, DataError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["naming", "plain_json", "remove_leftovers", "save_array", "save_weights", "write_atomically", "write_json"]
+__all__ = [
+    "load_weights",
+    "naming",
+    "plain_json",
+    "remove_leftovers",
+    "save_array",
+    "save_weights",
+    "write_atomically",
+    "write_json",
+]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
@@ -142,6 +151,31 @@ def save_weights(module: "nn.Module", path: str | Path) -> None:
             raise OSError(f"{path} cannot be written: {error}") from error
 
     write_atomically(path, write)
+
+
+def load_weights(module: "nn.Module", path: str | Path) -> None:
+    """Read what `save_weights` wrote into a module of the same shape.
+
+    Raises
+    ------
+    DataError
+        If the file is damaged, or of another module.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from torch import nn
+    >>> target = Path(tempfile.mkdtemp()) / "w.safetensors"
+    >>> save_weights(nn.Linear(2, 2), target)
+    >>> load_weights(nn.Linear(2, 3), target)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    contralto.errors.DataError: ...w.safetensors: is damaged or of another version ...
+    """
+    from safetensors.torch import load_file
+
+    with naming(path):
+        module.load_state_dict(load_file(path))
 
 
 def remove_leftovers(folder: str | Path) -> None:

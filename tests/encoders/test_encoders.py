@@ -7,7 +7,7 @@ from torch import nn
 
 from contralto.encoders.features import _folded, cached_array, encode_batches
 from contralto.encoders.heads import mlp
-from contralto.encoders.image import freeze, image_encoder, save_encoder, unfreeze
+from contralto.encoders.image import concatenate, freeze, image_encoder, save_encoder, unfreeze
 from contralto.encoders.text import text_encoder
 from contralto.errors import ContraltoError, UsageError
 
@@ -24,6 +24,27 @@ def test_every_image_encoder_keeps_the_contract(name):
     with torch.no_grad():
         next(encoder.parameters()).add_(1e-3)
     assert encoder.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "name", ["conv4", "resnet8", "resnet18-small", "timm/resnet18", "efficientnet-lite0", "mobilenetv2_050"]
+)
+def test_features_are_the_mean_of_the_map(name):
+    encoder = image_encoder(name, pretrained=False, size=64).eval()
+    x = torch.randn(2, 3, 64, 96)
+    cells = encoder.forward_map(x)
+    assert cells.shape[:2] == (2, encoder.num_features)
+    assert cells.shape[3] == cells.shape[2] * 3 / 2
+    torch.testing.assert_close(cells.mean((2, 3)), encoder(x))
+    [only] = encoder.forward_maps(x)
+    assert torch.equal(only, cells)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "bilinear/resnet18"])
+def test_an_encoder_without_a_map_says_so(name):
+    encoder = image_encoder(name, pretrained=False)
+    with pytest.raises(UsageError, match=f"the encoder '{name}' has no feature map"):
+        encoder.forward_map(torch.zeros(1, 3, 224, 224))
 
 
 def test_lite0_has_its_imagenet_weights():
@@ -56,6 +77,34 @@ def test_a_saved_encoder_is_loaded_by_its_path(tmp_path):
     torch.testing.assert_close(again(x), encoder(x))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_encoders_side_by_side_are_saved_and_loaded_as_one(tmp_path, normalize):
+    torch.manual_seed(0)
+    parts = [image_encoder("resnet8").eval(), image_encoder("resnet8").eval(), image_encoder("conv4").eval()]
+    both = concatenate(parts, normalize=normalize).eval()
+    x = torch.rand(4, 3, 32, 32)
+    expected = torch.cat([part.embed(x) if normalize else part(x) for part in parts], 1)
+    assert torch.equal(both(x), expected)
+    assert both.num_features == expected.shape[1]
+    save_encoder(both, tmp_path / "e")
+    again = image_encoder(str(tmp_path / "e")).eval()
+    assert torch.equal(again(x), expected)
+    assert again.name == both.name
+    nested = concatenate([again, parts[0]]).eval()
+    assert torch.equal(nested(x)[:, : both.num_features], expected)
+    save_encoder(nested, tmp_path / "n")
+    assert torch.equal(image_encoder(str(tmp_path / "n")).eval()(x), nested(x))
+    with pytest.raises(UsageError, match="several encoders already"):
+        concatenate([again, parts[0]], normalize=True)
+
+
+def test_encoders_for_other_pixels_are_not_put_together():
+    with pytest.raises(UsageError, match=r"resnet8: 32 pixels.*conv4: 64 pixels"):
+        concatenate([image_encoder("resnet8"), image_encoder("conv4", size=64)])
+    with pytest.raises(UsageError, match="at least one"):
+        concatenate([])
+
+
 def test_wrong_names_are_named():
     with pytest.raises(UsageError, match="no image encoder is called 'resnet9000'"):
         image_encoder("resnet9000")
@@ -82,6 +131,26 @@ def test_heads_by_name_of_their_widths():
     torch.testing.assert_close(head(torch.randn(4, 6)).norm(dim=1), torch.ones(4))
     with pytest.raises(UsageError, match="sizes"):
         mlp([4])
+
+
+@pytest.mark.parametrize("last_norm", ["none", "batch", "plain"])
+def test_a_head_of_convolutions_is_the_same_head_cell_by_cell(last_norm):
+    sizes = [6, 5, 3]
+    rows = mlp(sizes, norm="batch", last_norm=last_norm, normalize=True).double()
+    cells = mlp(sizes, norm="batch", last_norm=last_norm, normalize=True, kind="conv").double()
+    shapes = {k: v.shape for k, v in cells.state_dict().items()}
+    cells.load_state_dict({k: v.view(shapes[k]) for k, v in rows.state_dict().items()})
+    x = torch.randn(2, 6, 4, 3, dtype=torch.float64)
+    found = cells(x)
+    torch.testing.assert_close(found.movedim(1, 3).reshape(-1, 3), rows(x.movedim(1, 3).reshape(-1, 6)))
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2, 4, 3, dtype=torch.float64))
+
+
+def test_a_head_may_end_in_layer_norm_on_rows_only():
+    found = mlp([6, 5, 3], last_norm="layer")(torch.randn(4, 6))
+    torch.testing.assert_close(found.mean(1), torch.zeros(4), atol=1e-6, rtol=0)
+    with pytest.raises(UsageError, match="for rows"):
+        mlp([6, 5, 3], last_norm="layer", kind="conv")
 
 
 @pytest.mark.parametrize("name", ["minilm", "tfidf"])

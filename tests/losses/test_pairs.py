@@ -73,12 +73,10 @@ def both(fast, slow, inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.fixture(params=["few rows", "many rows"])
+@pytest.fixture(params=["one tile", "several tiles"])
 def form(request, monkeypatch):
-    """The forms for small and for large batches, on small ones."""
-    if request.param == "many rows":
-        monkeypatch.setattr(pairs, "SYMMETRIC_FROM", 1)
-        monkeypatch.setattr("contralto.losses.contrast.TILED_FROM", 1)
+    """Small batches in one tile, and in several as large ones are."""
+    if request.param == "several tiles":
         monkeypatch.setattr("contralto.losses.tiled.TILE_BYTES", 300)
 
 

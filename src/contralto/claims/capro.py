@@ -15,15 +15,15 @@ What the `small` preset does beyond that (`reconcile`) is no part of the claim; 
 The paper's other baseline, *vanilla* (stage 2: auxiliary head, reconstruction and instance contrast as well), is no arm of
 its own: over frozen features its other losses do not reach the linear classifier, which is then that of *plain* to the bit.
 
-Each arm has its own learning rate, chosen by `choose_rates` on a part of the training pictures that it did not train on,
-with a seed that is not reported. The verdict is on *capro* against *plain*, mean over classes of the clean test part:
-reproduced if the 95 % bootstrap interval over seeds and groups of test pictures lies above 0, not reproduced if below,
-else inconclusive.
+Each arm has its own learning rate (`rate` in `capro.yaml`), chosen by `choose_rates` on a part of the training pictures that it
+did not train on, with a seed that is not reported. The verdict is on *capro* against *plain*, mean over classes of the clean
+test part.
 """
 
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -32,130 +32,109 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from rich.console import Console
 
-from contralto.claims.runner import compare, demand_plots, found_once, points, save
+from contralto.claims.arms import made_once
+from contralto.claims.outputs import points
+from contralto.claims.plan import DEVELOPMENT_SEED
+from contralto.claims.runner import tune
 from contralto.data.definitions import load_definitions
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.errors import DataError, UsageError
-from contralto.evaluation.classification import per_class_accuracy
 from contralto.pipelines.capro import CAProJob
 from contralto.pipelines.job import load_preset
 from contralto.systems.webly.base import scale_rule
 from contralto.systems.webly.capro import Stage
 
 __all__ = [
-    "ARMS",
-    "RATES",
+    "GRID",
     "ambiguous_classes",
     "choose_rates",
     "held_out",
     "markdown",
-    "reproduce_capro",
     "right_share",
+    "run",
     "shared_manifest",
     "with_split",
 ]
 
-PAPER: dict[str, Any] = {"reconcile": False, "text_weight": 0.0, "keep_threshold": None}
-ARMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "random anchors": PAPER,
-    "capro": PAPER,
-    "capro+text": {"reconcile": False},
-}
 RATE_ARGUMENTS = ("plain_lr", "vanilla_lr", "lr", "finetune_lr")
-GRID = (0.0003, 0.001, 0.003, 0.01)
-RATES: dict[str, dict[str, float]] = {
-    "web_icons": {
-        "plain": 0.001,
-        "random anchors": 0.001,
-        "capro": 0.001,
-        "capro+text": 0.003,
-    },
-    "fashion_web": {
-        "plain": 0.0003,
-        "random anchors": 0.001,
-        "capro": 0.003,
-        "capro+text": 0.003,
-    },
-}
-"""Learning rate of every arm by data set, the outcome of `choose_rates`."""
-
-COMPARISONS = (
-    ("capro", "plain"),
-    ("capro", "random anchors"),
-    ("random anchors", "plain"),
-    ("capro+text", "plain"),
-    ("capro+text", "capro"),
-)
-DEVELOPMENT_SEED = 100
+GRID = (0.0001, 0.0003, 0.001, 0.003, 0.01)
 
 
-def reproduce_capro(
-    out: str | Path,
+def run(
+    arm: Mapping[str, Any],
     *,
-    data: str | None = None,
-    seeds: int = 5,
-    quick: bool = False,
-    work: str | Path = "runs/claims/capro",
-    progress: bool = True,
+    seed: int,
+    data: str,
+    budget: Mapping[str, Any],
+    device: str,
+    progress: Callable[[float], None],
+    work: Path,
 ) -> dict[str, Any]:
-    """Run all arms over seeds on the sets with real noise, judge, and write `capro.json` and `capro.png`.
-
-    Parameters
-    ----------
-    out : path
-        Folder of results.
-    data : {"web_icons", "fashion_web"}, optional
-        Default: the icons, and fashion_web if `CONTRALTO_DATA` has it.
-    seeds : int
-        Number of seeds, from 0.
-    quick : bool
-        One epoch per stage, one seed: a look at the machinery that says nothing about the claim; nothing is written.
-    work : path
-        Where finished trainings are kept, so that an interrupted comparison goes on.
-    progress : bool
+    """Train one arm and test it; see `capro.yaml` for the arms.
 
     Returns
     -------
     dict
-        By data set: accuracies of all arms by seed, comparisons with intervals, verdict.
+        `right`, `labels`, `groups` and `ambiguous` (whether its class is) by test picture; of an arm with anchors also their
+        share of right ones, and `noise_*`, how good its list of wrong labels is.
     """
-    demand_plots()
-    names = [data] if data is not None else ["web_icons", *(["fashion_web"] if _fashion() is not None else [])]
-    if data is None and len(names) == 1:
-        Console(stderr=True).print("fashion_web is left out: CONTRALTO_DATA does not name a folder that holds it")
-    seeds = 1 if quick else seeds
-    results = {name: _compare(name, list(range(seeds)), Path(work), quick, progress) for name in names}
-    claim = "anchors chosen by text, prototypes and bootstrapping beat plain training on noisy web labels"
-    return save("capro", claim, seeds, results, None if quick else Path(out))
+    shared = shared_manifest(data, work, development=seed >= DEVELOPMENT_SEED)
+    arguments = dict(budget)
+    shared = _fewer(shared, arguments.pop("pictures"))
+    settings = {"rate": None, "plain": False, "random_anchors": False, **arm}
+    plain, rate = settings.pop("plain"), settings.pop("rate")
+    manifest = Manifest.load(shared)
+    train = (manifest.column("split") == "train") & (manifest.labels >= 0)
+    anchors = scale_rule(int(train.sum()), len(manifest.classes))["anchors"]
+    rates = dict.fromkeys(RATE_ARGUMENTS, rate[data] if isinstance(rate, Mapping) else rate)
+    arguments = load_preset("small") | arguments | rates | {"seed": seed, "accelerator": device.partition(":")[0]}
+    arguments |= {
+        "anchors": -anchors if settings.pop("random_anchors") else anchors,
+        "cache": shared.parent / "features",
+    }
+    arguments |= settings
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        folder = Path(name)
+        shutil.copytree(shared, folder / "manifest")
+        job = CAProJob(str(shared), folder, arguments, progress=False)
+        job.ingest()
+        stage: Stage = "plain" if plain else "finetune"
+        found: dict[str, Any] = {}
+        if plain:
+            job.train("plain")
+        else:
+            job.train("vanilla")
+            progress(1 / 3)
+            job.match()
+            job.train("capro")
+            job.clean()
+            progress(2 / 3)
+            job.train("finetune")
+            clean = manifest.column("clean_label")[job.train_rows].astype(np.int64)
+            found = {f"noise_{k}": v for k, v in job.noise().items()}
+            found["anchors"] = float((job.labels == clean)[job.anchors].mean())
+        predicted = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1)
+    labels = manifest.column("clean_label")[job.test_rows].astype(np.int64)
+    found |= {"right": predicted == labels, "labels": labels, "ambiguous": ambiguous_classes(manifest)[labels]}
+    return found | {"groups": manifest.column("group")[job.test_rows].astype(str)}
 
 
-def choose_rates(
-    work: str | Path = "runs/claims/capro", *, arms: Sequence[str] = tuple(ARMS)
-) -> dict[str, dict[str, float]]:
-    """The learning rate of every arm that does best on a seventh of the training pictures, held out by group.
+def choose_rates(work: str | Path = "runs/claims") -> dict[str, dict[str, dict[float, float]]]:
+    """The score of every arm and learning rate on a seventh of the training pictures, held out by group; the best is taken.
 
     Clean labels of training pictures serve as the judge here; test pictures are not looked at.
+
+    Returns
+    -------
+    dict
+        By data set and arm: rate -> mean over classes.
     """
-    rates: dict[str, dict[str, float]] = {}
-    for name in ("web_icons", "fashion_web"):
-        shared = shared_manifest(name, Path(work), development=True)
-        for arm in arms:
-            score: dict[float, float] = {}
-            waiting = list(GRID)
-            while waiting:
-                rate = waiting.pop(0)
-                found = _arm(name, arm, DEVELOPMENT_SEED, Path(work) / "rates", shared, rate, quick=False)
-                score[rate] = _macro(found)
-                print(name, arm, rate, round(score[rate], 4), flush=True)  # noqa: T201 (a log of a long search)
-                lowest = min(score)
-                if not waiting and max(score, key=lambda r: score[r]) == lowest:
-                    waiting.append(float(f"{lowest / 3:.0e}"))  # the best may lie below
-            rates.setdefault(name, {})[arm] = max(score, key=lambda r: score[r])
-    return rates
+    return {
+        name: tune("capro", "rate", GRID, "right", macro=True, data=name, work=work)
+        for name in ("web_icons", "fashion_web")
+    }
 
 
 def _fashion() -> Path | None:
@@ -166,7 +145,7 @@ def _fashion() -> Path | None:
 def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path:
     """The manifest of a data set, made once for all arms; for development a seventh of the training part is the test part."""
     folder = work / name / ("manifest-development" if development else "manifest")
-    if (folder / "manifest.parquet").exists():
+    if folder.exists():
         return folder
     if name == "web_icons":
         with resources.as_file(resources.files("contralto.data").joinpath("samples/web_icons")) as source:
@@ -182,8 +161,17 @@ def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path
     manifest = ingest(str(path), classes=classes, group_column=group, blank_share=load_preset("small")["blank_share"])
     if development:
         manifest = held_out(manifest)
-    manifest.save(folder)
-    return folder
+    return made_once(folder, manifest.save)
+
+
+def _fewer(shared: Path, share: float) -> Path:
+    """The manifest with a share of its pictures; the others are in no part."""
+    if share == 1:
+        return shared
+    manifest = Manifest.load(shared)
+    left = np.random.default_rng(0).random(len(manifest)) >= share
+    split = np.where(left, "untouched", manifest.column("split")).astype(object)
+    return made_once(shared.with_name(f"{shared.name}-{share}"), with_split(manifest, split).save)
 
 
 def held_out(manifest: Manifest) -> Manifest:
@@ -204,85 +192,6 @@ def with_split(manifest: Manifest, split: npt.NDArray[np.object_]) -> Manifest:
     return replace(manifest, table=manifest.table.set_column(at, "split", pa.array(split.tolist(), pa.string())))
 
 
-def _arm(name: str, arm: str, seed: int, work: Path, shared: Path, rate: float, *, quick: bool) -> dict[str, Any]:
-    """Train one arm and test it; what was found is kept, the weights are not."""
-    folder = work / name / f"seed{seed}" / f"{arm}-{rate}{'-quick' if quick else ''}"
-    return found_once(folder, lambda: _train(arm, seed, folder, shared, rate, quick=quick))
-
-
-def _train(arm: str, seed: int, folder: Path, shared: Path, rate: float, *, quick: bool) -> dict[str, Any]:
-    shutil.copytree(shared, folder / "manifest")
-    manifest = Manifest.load(shared)
-    train = (manifest.column("split") == "train") & (manifest.labels >= 0)
-    anchors = scale_rule(int(train.sum()), len(manifest.classes))["anchors"]
-    arguments = load_preset("small") | ARMS[arm] | {"seed": seed} | dict.fromkeys(RATE_ARGUMENTS, rate)
-    arguments |= {"anchors": -anchors if arm == "random anchors" else anchors, "cache": shared.parent / "features"}
-    if quick:
-        arguments |= {
-            "vanilla_epochs": 1,
-            "epochs": 5,
-            "finetune_epochs": 1,
-            "feature_views": 1,
-            "text_encoder": "tfidf",
-        }
-    job = CAProJob(str(shared), folder, arguments, progress=False)
-    job.ingest()
-    found: dict[str, Any] = {"labels": manifest.column("clean_label")[job.test_rows].tolist()}
-    found["groups"] = manifest.column("group")[job.test_rows].tolist()
-    stage: Stage = "plain" if arm == "plain" else "finetune"
-    if arm == "plain":
-        job.train("plain")
-    else:
-        job.train("vanilla")
-        job.match()
-        job.train("capro")
-        job.clean()
-        job.train("finetune")
-        clean = manifest.column("clean_label")[job.train_rows].astype(np.int64)
-        found["noise"] = job.noise()
-        found["anchors"] = float((job.labels == clean)[job.anchors].mean())
-    found["predicted"] = job.predict_rows(stage, job.encoder(), job.test_rows).argmax(1).tolist()
-    shutil.rmtree(folder / "stages")
-    return found
-
-
-def _macro(found: dict[str, Any], only: npt.NDArray[np.bool_] | None = None) -> float:
-    labels, predicted = np.array(found["labels"]), np.array(found["predicted"])
-    by_class = per_class_accuracy(labels, predicted, int(labels.max()) + 1)
-    return float(np.nanmean(by_class if only is None else by_class[only[: len(by_class)]]))
-
-
-def _compare(name: str, seeds: list[int], work: Path, quick: bool, progress: bool) -> dict[str, Any]:
-    shared = shared_manifest(name, work)
-    rates = RATES[name]
-    console = Console(stderr=True, quiet=not progress)
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for seed in seeds:
-        for arm in ARMS:
-            console.print(f"[bold]{name}[/bold], seed {seed}: {arm}", highlight=False)
-            found[arm].append(_arm(name, arm, seed, work, shared, rates[arm], quick=quick))
-    labels, groups = np.array(found["plain"][0]["labels"]), np.array(found["plain"][0]["groups"])
-    manifest = Manifest.load(shared)
-    hard = ambiguous_classes(manifest)
-    right = {arm: np.array([np.array(f["predicted"]) == labels for f in found[arm]], dtype=float) for arm in ARMS}
-    arms = {}
-    for arm in ARMS:
-        arms[arm] = {
-            "rate": rates[arm],
-            "accuracy": [float(r.mean()) for r in right[arm]],
-            "macro": [_macro(f) for f in found[arm]],
-            "macro_ambiguous": [_macro(f, hard) for f in found[arm]],
-        } | ({k: [f[k] for f in found[arm]] for k in ("noise", "anchors")} if "noise" in found[arm][0] else {})
-    comparisons = compare(right, COMPARISONS, labels, groups, {"ambiguous": hard[labels]})
-    return {
-        "test_images": len(labels),
-        "ambiguous": [n for n, h in zip(manifest.class_names, hard, strict=True) if h],
-        "arms": arms,
-        "comparisons": comparisons,
-        "verdict": "not judged" if quick else comparisons[0]["verdict"],
-    }
-
-
 def ambiguous_classes(manifest: Manifest) -> npt.NDArray[np.bool_]:
     """Classes of which less than two thirds of the web labels are right (C,); for evaluation only."""
     return np.asarray(right_share(manifest) < 2 / 3)
@@ -298,25 +207,24 @@ def right_share(manifest: Manifest) -> npt.NDArray[np.float64]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The result of `reproduce_capro` as a Markdown table: means over seeds, and the difference to plain training.
+    """The result as a Markdown table: means over seeds, and the difference to plain training.
 
-    Examples
-    --------
-    >>> arms = {a: {"macro": [0.5, 0.6]} for a in ("plain", "capro")}
-    >>> comparison = {"method": "capro", "baseline": "plain", "verdict": "inconclusive"}
-    >>> comparison["macro"] = comparison["macro_ambiguous"] = {"value": 0.0, "low": -0.1, "high": 0.1}
-    >>> print(markdown({"data": {"x": {"arms": arms, "comparisons": [comparison]}}}).splitlines()[-1])
-    | x | capro | 55.0 | +0.0 [-10.0, +10.0] | +0.0 [-10.0, +10.0] | inconclusive |
+    Parameters
+    ----------
+    result : dict
+        What `results/claims/capro.json` holds.
     """
     lines = [
         "| data | training | accuracy, % | against plain | ambiguous classes | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in result["data"].items():
+        against = {(c["method"], c["part"]): c for c in found["comparisons"] if c["baseline"] == "plain" and c["macro"]}
         for arm, values in found["arms"].items():
-            c = next((c for c in found["comparisons"] if (c["method"], c["baseline"]) == (arm, "plain")), None)
             told = ["", "", ""]
-            if c is not None:
-                told = [points(c["macro"]), points(c["macro_ambiguous"]), c["verdict"]]
-            lines.append(f"| {name} | {arm} | {100 * np.mean(values['macro']):.1f} | {' | '.join(told)} |")
+            if (arm, None) in against:
+                c = against[arm, None]
+                told = [points(c), points(against[arm, "ambiguous"]), c["verdict"]]
+            mean = 100 * values["metrics"]["right, mean over classes"]["mean"]
+            lines.append(f"| {name} | {arm} | {mean:.1f} | {' | '.join(told)} |")
     return "\n".join(lines)

@@ -1,154 +1,372 @@
-"""What all claims share: paired comparisons with intervals and a verdict, the file and the picture that they leave."""
+"""Run a claim: its arms in pairs over seeds, judged by the rule, with the file and the picture that it leaves.
+
+Finished arms are kept under `runs/claims/<claim>/<data>/<arm>/`, a file per seed, named by all that it depends on in the claim's
+file: the same command goes on where it was stopped, and an arm that was changed is run again. Code is no part of that name:
+who changes what an arm does removes the folder.
+"""
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from contralto.errors import MissingExtraError, UsageError
-from contralto.evaluation.classification import accuracy_interval
-from contralto.files import write_atomically, write_json
+from contralto.claims.arms import Task, fingerprint, load, run_tasks
+from contralto.claims.judge import RULE, check_measured, judge, mean_of
+from contralto.claims.outputs import demand_plots, draw
+from contralto.claims.plan import DEVELOPMENT_SEED, Claim, claims, find_claim, load_claim
+from contralto.errors import ContraltoError, DataError, UsageError
+from contralto.files import remove_leftovers, write_atomically, write_json
 from contralto.pipelines.outputs import environment
 
-__all__ = ["CLAIMS", "compare", "demand_plots", "found_once", "get_claim", "points", "save"]
-
-CLAIMS = {"capro": "reproduce_capro", "fopro": "reproduce_fopro"}
-"""System -> function of `contralto.claims.<system>` that runs its claim."""
+__all__ = ["parse_seeds", "reproduce", "smoke", "tune"]
 
 
-def get_claim(system: str) -> Any:
-    """The function that runs the claim of a system.
-
-    Examples
-    --------
-    >>> get_claim("capro").__name__
-    'reproduce_capro'
-    """
-    if system not in CLAIMS:
-        raise UsageError(f"no claim of {system!r} can be run; there are: {', '.join(CLAIMS)}")
-    return getattr(import_module(f"contralto.claims.{system}"), CLAIMS[system])
-
-
-def found_once(folder: Path, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an arm found: from `found.json` of its folder, or by training it in the emptied folder and keeping it there."""
-    done = folder / "found.json"
-    if done.exists():
-        return dict(json.loads(done.read_text(encoding="utf-8")))
-    shutil.rmtree(folder, ignore_errors=True)
-    found = train()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(done, lambda path: path.write_text(json.dumps(found), encoding="utf-8"))  # NaN is read back
-    return found
-
-
-def compare(
-    right: Mapping[str, npt.NDArray[np.float64]],
-    pairs: Sequence[tuple[str, str]],
-    labels: npt.NDArray[np.int64],
-    groups: npt.NDArray[Any],
-    parts: Mapping[str, npt.NDArray[np.bool_]] | None = None,
-) -> list[dict[str, Any]]:
-    """Differences between arms that were trained in pairs, with 95 % intervals over seeds and groups of test samples.
+def reproduce(
+    claim: str | Path,
+    out: str | Path | None = "results/claims",
+    *,
+    data: str | None = None,
+    seeds: Sequence[int] | None = None,
+    budget: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    quick: bool = False,
+    jobs: int | None = None,
+    work: str | Path = "runs/claims",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train and measure all arms of a claim over seeds, judge, and write `<claim>.json` and `<claim>.png`.
 
     Parameters
     ----------
-    right : mapping of str to array (S, N)
-        Per arm, 1 where the answer of seed s to sample i is right.
-    pairs : sequence of (method, baseline)
-    labels, groups : array (N,)
-    parts : mapping of str to array (N,) bool, optional
-        Parts of the test samples that are told apart too, as `macro_<name>`.
+    claim : str or path
+        Name of a claim, or a claim's file.
+    out : path, optional
+        Folder of results; None writes none.
+    data : str, optional
+        One of the claim's data sets; default: all that are there.
+    seeds : sequence of int, optional
+        Default: as many as the claim says, from 0.
+    budget : mapping, optional
+        Changes to the claim's budget.
+    device : str
+        Where arms are trained.
+    quick : bool
+        One seed, the first data set and the claim's quick budget: a look at the machinery that judges and writes nothing.
+    jobs : int, optional
+        Processes at a time, one thread each; default: one per core, and one on another device than the CPU.
+    work : path
+        Where finished arms are kept.
+    progress : bool
 
     Returns
     -------
-    list of dict
-        `method`, `baseline`, `accuracy`, `macro` and the parts, each with `value`, `low`, `high`; and the verdict by `macro`:
-        "reproduced" when the interval lies above zero, "not reproduced" when below, else "inconclusive".
+    dict
+        What the JSON file holds.
 
-    Examples
-    --------
-    >>> right = {"new": np.ones((2, 4)), "old": np.array([[1.0, 1, 0, 0]] * 2)}
-    >>> found = compare(right, [("new", "old")], np.array([0, 0, 1, 1]), np.array(["", "", "", ""]))
-    >>> found[0]["macro"]["value"]
-    0.5
+    Raises
+    ------
+    DataError
+        The claim's file is wrong, or none of its data is there.
+    ContraltoError
+        Arms failed: names each, with its seed. The others are kept.
     """
-    every = np.ones(len(labels), bool)
-    shown = {"accuracy": (every, False), "macro": (every, True)}
-    shown |= {f"macro_{name}": (mask, True) for name, mask in (parts or {}).items()}
-    comparisons = []
-    for method, baseline in pairs:
-        difference = right[method] - right[baseline]
-        entry: dict[str, Any] = {"method": method, "baseline": baseline}
-        for key, (keep, macro) in shown.items():
-            interval = accuracy_interval(difference[:, keep], labels[keep], groups=groups[keep], macro=macro)
-            entry[key] = interval._asdict()
-        low, high = entry["macro"]["low"], entry["macro"]["high"]
-        entry["verdict"] = "reproduced" if low > 0 else "not reproduced" if high < 0 else "inconclusive"
-        comparisons.append(entry)
-    return comparisons
-
-
-def points(v: Mapping[str, float]) -> str:
-    """A difference of accuracies with its interval, in points.
-
-    Examples
-    --------
-    >>> points({"value": 0.012, "low": -0.005, "high": 0.03})
-    '+1.2 [-0.5, +3.0]'
-    """
-    return f"{100 * v['value']:+.1f} [{100 * v['low']:+.1f}, {100 * v['high']:+.1f}]"
-
-
-def demand_plots() -> None:
-    """Ask for what draws the picture before the work, not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("the picture of a claim", extra="plots") from error
-
-
-def save(system: str, claim: str, seeds: int, data: Mapping[str, Any], out: Path | None) -> dict[str, Any]:
-    """Put a result together; write it and its picture, unless `out` is None."""
-    result = {
-        "claim": claim,
-        "command": f"contralto reproduce {system} --seeds {seeds}",
-        "seeds": list(range(seeds)),
-        "environment": environment(),
-        "data": dict(data),
-    }
+    plan = _loaded(claim, budget)
+    _check(device, jobs)
+    console = Console(stderr=True, quiet=not progress)
+    names, left_out = _present(plan, data)
+    for told in left_out:
+        console.print(f"left out: {told}", highlight=False, markup=False)
+    chosen = [0] if quick else list(range(plan.seeds)) if seeds is None else list(seeds)
+    if quick and data is None:
+        names = names[:1]
+    spent = {**plan.budget, **(plan.quick if quick else {}), **(budget or {})}
+    if quick:
+        with tempfile.TemporaryDirectory() as passing:
+            found = _measure(
+                _tasks(plan, names, chosen, spent, device, Path(passing)), plan, jobs, Path(passing), console
+            )
+            return _result(plan, found, chosen, spent, device, left_out, judged=False)
+    if max(chosen) >= DEVELOPMENT_SEED:
+        console.print(f"seeds from {DEVELOPMENT_SEED} are for development: no result is written", highlight=False)
+        out = None
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"{system}.json", result)
-        _draw(data, out / f"{system}.png")
+        demand_plots()
+    folder = Path(work) / plan.name
+    _note_plan(plan, names, chosen, spent, device, folder)
+    found = _measure(_tasks(plan, names, chosen, spent, device, folder), plan, jobs, folder, console)
+    result = _result(plan, found, chosen, spent, device, left_out)
+    result["command"] = _command(plan, data, seeds, budget, device)
+    if out is not None:
+        write_json(_made(Path(out)) / f"{plan.name}.json", result)
+        draw(result, Path(out) / f"{plan.name}.png")
     return result
 
 
-def _draw(results: Mapping[str, Any], path: Path) -> None:
-    import matplotlib as mpl
+def tune(
+    claim: str | Path,
+    setting: str,
+    grid: Sequence[Any],
+    metric: str,
+    *,
+    data: str,
+    seeds: Sequence[int] = (DEVELOPMENT_SEED,),
+    macro: bool = False,
+    budget: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    jobs: int | None = None,
+    work: str | Path = "runs/claims",
+    progress: bool = True,
+) -> dict[str, dict[Any, float]]:
+    """Try values of a setting alike in all arms that have it, on seeds that are not reported.
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    Parameters
+    ----------
+    claim : str or path
+    setting : str
+        Of the arms, a learning rate for instance.
+    grid : sequence
+        Values to try.
+    metric : str
+        The measurement that is looked at.
+    data : str
+        One of the claim's data sets.
+    seeds : sequence of int
+        From 100 on.
+    macro : bool
+        Mean over classes.
+    budget, device, jobs, work, progress
+        As in `reproduce`.
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.4), squeeze=False, layout="constrained")
-    colours = ("#1f5fa8", "#c26a1b")
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        for place, entry in enumerate(reversed(result["comparisons"])):
-            keys = [k for k in entry if k.startswith("macro")]
-            for key, shift, colour in zip(keys, (0.12, -0.12), colours, strict=False):
-                v = entry[key]
-                axis.plot([100 * v["low"], 100 * v["high"]], [place + shift] * 2, color=colour, lw=2)
-                told = "all classes" if key == "macro" else f"{key.removeprefix('macro_')} classes"
-                axis.plot(100 * v["value"], place + shift, "o", color=colour, label=told if place == 0 else None)
-        rows = [f"{e['method']}\nagainst {e['baseline']}" for e in reversed(result["comparisons"])]
-        axis.set_yticks(range(len(rows)), rows, fontsize=8)
-        axis.axvline(0, color="grey", lw=0.8)
-        axis.set_xlabel("points of accuracy, mean over classes", fontsize=8)
-        axis.set_title(f"{name}: {result['verdict']}", fontsize=10)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    write_atomically(path, lambda part: figure.savefig(part, dpi=130, format="png"))
-    plt.close(figure)
+    Returns
+    -------
+    dict
+        Arm -> value -> mean of the metric over seeds. The best is for the claim's file, with all arms tuned alike.
+    """
+    plan = _loaded(claim, budget)
+    _check(device, jobs)
+    _present(plan, data)
+    if not seeds or min(seeds) < DEVELOPMENT_SEED:
+        raise UsageError(f"values are chosen on seeds from {DEVELOPMENT_SEED} on: smaller ones are reported")
+    tried = {(arm, v): {**plan.arms[arm], setting: v} for arm in plan.arms if setting in plan.arms[arm] for v in grid}
+    if not tried:
+        raise UsageError(f"no arm of {plan.name} has {setting!r}")
+    numbered = replace(plan, arms={f"{arm}, {setting} {v}": settings for (arm, v), settings in tried.items()})
+    folder = Path(work) / plan.name / "tuning"
+    tasks = _tasks(numbered, [data], seeds, {**plan.budget, **(budget or {})}, device, folder)
+    found = _measure(tasks, numbered, jobs, folder, Console(stderr=True, quiet=not progress))[data]
+    scores: dict[str, dict[Any, float]] = {}
+    for (arm, v), runs in zip(tried, found.values(), strict=True):
+        scores.setdefault(arm, {})[v] = mean_of(runs, metric, macro=macro)
+    return scores
+
+
+def smoke(*, jobs: int | None = None, device: str = "cpu", progress: bool = True) -> dict[str, str]:
+    """Run every claim that ships, quickly: the machinery only. Claims whose data are not there are left out, which is said.
+
+    Returns
+    -------
+    dict
+        Claim -> "ran", or why it was left out.
+
+    Raises
+    ------
+    ContraltoError
+        Names the claims that failed.
+    """
+    outcome, failed = {}, []
+    for name, path in claims().items():
+        if not any(_lacking(needs) is None for needs in load_claim(path).data.values()):
+            outcome[name] = "left out: " + "; ".join(_present(load_claim(path), None, strict=False)[1])
+            continue
+        try:
+            reproduce(path, None, quick=True, jobs=jobs, device=device, progress=progress)
+            outcome[name] = "ran"
+        except ContraltoError as error:
+            failed.append(f"{name}: {error}")
+    if failed:
+        raise ContraltoError("\n".join(failed))
+    return outcome
+
+
+def parse_seeds(text: str | None) -> list[int] | None:
+    """Seeds of a command line: a number of them, or a list.
+
+    Examples
+    --------
+    >>> parse_seeds("3"), parse_seeds("100,101")
+    ([0, 1, 2], [100, 101])
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*,?", text) or text == "0":
+        raise UsageError(f"seeds must be their number above 0, or a list like 0,1,2; got {text!r}")
+    seeds = [int(s) for s in text.split(",") if s]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"a seed is named twice in {text!r}")
+    return seeds if "," in text else list(range(seeds[0]))
+
+
+def _loaded(claim: str | Path, budget: Mapping[str, Any] | None) -> Claim:
+    plan = load_claim(claim) if isinstance(claim, Path) else find_claim(claim)
+    plan.function()
+    for name in budget or {}:
+        if name not in plan.budget:
+            raise UsageError(f"the budget has no {name!r}; there are: {', '.join(plan.budget) or 'none'}")
+    return plan
+
+
+def _check(device: str, jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be a number above 0, got {jobs}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device must be one of torch, like cpu or cuda, got {device!r}") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        raise UsageError(f"device must be there, and torch finds no {kind}; see `contralto doctor`")
+
+
+def _present(plan: Claim, data: str | None, *, strict: bool = True) -> tuple[list[str], list[str]]:
+    """The names of data that are there, and what is left out and why."""
+    if data is not None and data not in plan.data:
+        raise UsageError(f"the claim of {plan.name} runs on {' or '.join(map(repr, plan.data))}, not on {data!r}")
+    lacking = {name: _lacking(plan.data[name]) for name in (plan.data if data is None else [data])}
+    left_out = [f"{name}: {what} was not found under CONTRALTO_DATA" for name, what in lacking.items() if what]
+    left_out += [f"{name}: not asked for" for name in plan.data if name not in lacking]
+    names = [name for name, what in lacking.items() if what is None]
+    if strict and not names:
+        raise DataError(f"{'; '.join(left_out)}: set CONTRALTO_DATA to the folder that holds it")
+    return names, left_out
+
+
+def _lacking(needs: Sequence[str]) -> str | None:
+    folder = os.environ.get("CONTRALTO_DATA", "")
+    return next((n for n in needs if not folder or not (Path(folder) / n).exists()), None)
+
+
+def _note_plan(
+    plan: Claim, names: Sequence[str], seeds: Sequence[int], budget: Mapping[str, Any], device: str, folder: Path
+) -> None:
+    """Add what will be run, and the rule, to `plans.jsonl`, before it is run."""
+    listed, file = {
+        "claim": plan.file.read_text(encoding="utf-8"), "rule": RULE, "data": list(names), "seeds": list(seeds),
+        "budget": dict(budget), "device": device,
+    }, _made(folder) / "plans.jsonl"  # fmt: skip
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if lines and {k: v for k, v in json.loads(lines[-1]).items() if k != "at"} == listed:
+        return
+    lines.append(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), **listed}))
+    write_atomically(file, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+
+
+def _measure(
+    tasks: Sequence[Task], plan: Claim, jobs: int | None, folder: Path, console: Console
+) -> dict[str, dict[str, list[Any]]]:
+    """Measurements by data, arm and seed; what is not there yet is run."""
+    missing = [task for task in tasks if not task.path.exists()]
+    if len(missing) < len(tasks):
+        console.print(
+            f"{plan.name}: {len(tasks) - len(missing)} of {len(tasks)} trainings were there already in {folder}; "
+            "remove it to train them again",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    remove_leftovers(folder)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    done = dict.fromkeys(missing, 0.0)
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task(plan.name, total=len(missing))
+
+        def told(task: Task, share: float) -> None:
+            done[task] = share
+            bar.update(shown, completed=round(sum(done.values()), 2), description=f"{plan.name}: {task}")
+            if share == 1 and task.path.exists():
+                check_measured(plan, task.arm, load(task.path))  # now, not after hours
+
+        wanted = jobs or (_cores() if all(task.device == "cpu" for task in tasks) else 1)
+        failures = run_tasks(missing, jobs=min(wanted, len(missing)), told=told)
+    if failures:
+        listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
+        raise ContraltoError(
+            f"{plan.name}: {len(failures)} of {len(tasks)} trainings failed; what was finished is kept:\n  "
+            + "\n  ".join(listed)
+        )
+    found: dict[str, dict[str, list[Any]]] = {}
+    for task in tasks:
+        found.setdefault(task.data, {}).setdefault(task.arm, []).append(load(task.path))
+        shutil.rmtree(task.shared, ignore_errors=True)
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tasks(
+    plan: Claim, names: Sequence[str], seeds: Sequence[int], budget: Mapping[str, Any], device: str, folder: Path
+) -> list[Task]:
+    """All arms and seeds; the seeds of one arm follow each other, so that processes beside each other seldom prepare the same."""
+    return [
+        _task(plan, name, arm, seed, budget, device, folder) for name in names for arm in plan.arms for seed in seeds
+    ]
+
+
+def _task(plan: Claim, name: str, arm: str, seed: int, budget: Mapping[str, Any], device: str, folder: Path) -> Task:
+    settings = plan.arms[arm]
+    bound = fingerprint(plan.run, name, settings, budget, device.partition(":")[0])
+    path = folder / _slug(name) / _slug(arm) / f"seed{seed}-{bound}.npz"
+    return Task(plan.run, name, arm, settings, budget, seed, device, path, folder / _slug(name) / "shared")
+
+
+def _slug(name: str) -> str:
+    """A name as a folder; what had to be changed is told apart by a hash."""
+    plain = re.sub(r"[^\w+.-]+", "_", name)
+    return plain if plain == name and name != "shared" else f"{plain}-{fingerprint(name)[:6]}"
+
+
+def _result(
+    plan: Claim, found: Mapping[str, Any], seeds: list[int], budget: Mapping[str, Any], device: str, left_out: list[str],
+    *, judged: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    judgements = {name: judge(plan, arms, seeds) for name, arms in found.items()}
+    if not judged:
+        for judgement in judgements.values():
+            for part in (judgement, *judgement["comparisons"]):
+                part["verdict"] = "not judged"
+    about = environment() | {"threads": 1, "device": device}
+    return {
+        "system": plan.system, "claim": plan.claim, "paper": plan.paper, "command": "", "seeds": seeds, "budget": dict(budget),
+        "rule": RULE, "decides": {"which": plan.verdict, "comparisons": plan.deciding()}, "environment": about,
+        "data": judgements, "left_out": left_out,
+    }  # fmt: skip
+
+
+def _command(
+    plan: Claim, data: str | None, seeds: Sequence[int] | None, budget: Mapping[str, Any] | None, device: str
+) -> str:
+    words = ["contralto reproduce", plan.name if plan.name in claims() else plan.file.name]
+    if data is not None:
+        words.append(f"--data {json.dumps(data) if ' ' in data else data}")
+    if seeds is not None and list(seeds) != list(range(plan.seeds)):
+        counted = list(seeds) == list(range(len(seeds)))
+        words.append(
+            f"--seeds {len(seeds) if counted else ','.join(map(str, seeds)) + (',' if len(seeds) == 1 else '')}"
+        )
+    words += [f"--budget.{k} {v}" for k, v in (budget or {}).items()]
+    words += [f"--device {device}"] if device != "cpu" else []
+    return " ".join(words)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -32,7 +32,7 @@ from contralto import distributed
 from contralto.errors import UsageError
 from contralto.views.image import EvalView, View, draw_views, view_generator
 
-__all__ = ["Batch", "EpochSampler", "FeatureDataset", "ImageDataset"]
+__all__ = ["Batch", "EpochSampler", "FeatureDataset", "ImageDataset", "Key"]
 
 Batch = dict[str, Any]
 Key = tuple[int, int]
@@ -94,16 +94,19 @@ class EpochSampler(Sampler[Key]):
     def __len__(self) -> int:
         return -(-self.size // distributed.world_size())
 
-    def __iter__(self) -> Iterator[Key]:
+    def order(self) -> npt.NDArray[np.int64]:
+        """Rows of this epoch in their order, over all ranks."""
         rng = np.random.default_rng([self.seed, self.epoch])
         if self.halves is not None:
-            order = self._half(rng)
-        elif self.share is not None:
-            order = rng.choice(self.size, self.size, p=self.share)
-        else:
-            order = rng.permutation(self.size)
+            return self._half(rng)
+        if self.share is not None:
+            return rng.choice(self.size, self.size, p=self.share)
+        return rng.permutation(self.size)
+
+    def __iter__(self) -> Iterator[Key]:
         ranks, rank = distributed.world_size(), distributed.rank()
-        order = np.resize(order, len(self) * ranks)  # the last ranks start again at the front, so that all have as many
+        # the last ranks start again at the front, so that all have as many
+        order = np.resize(self.order(), len(self) * ranks)
         done = self._done[1] if self._done[0] == self.epoch else 0
         yield from ((self.epoch, int(i)) for i in order[rank::ranks][done:])
 

@@ -130,6 +130,7 @@ def ingest(
     blank_share: float | None = 0.8,
     max_text: int = 10_000,
     multilabel: bool = False,
+    unlabelled: bool = False,
     workers: int = 2,
     allow_outside: bool = False,
     on: str | None = None,
@@ -153,6 +154,8 @@ def ingest(
     multilabel : bool
         Pictures may show several classes: the given labels are left for `data.tags` to find in the texts, and the right ones are
         what the columns of `clean_column`, joined by commas, name among the classes or their search words.
+    unlabelled : bool
+        Do without given labels where there are none; there are no classes then.
     workers : int
         Threads that decode, in every process.
     allow_outside : bool
@@ -213,7 +216,7 @@ def ingest(
     roles = find_columns(columns, named, several=several)
     if multilabel:
         return _build_sets(str(address), rows, skipped, roles, classes, max_text)
-    return _build(str(address), rows, skipped, roles, classes, max_text)
+    return _build(str(address), rows, skipped, roles, classes, max_text, unlabelled)
 
 
 @dataclass(frozen=True)
@@ -354,6 +357,7 @@ def _build(
     roles: dict[str, list[str]],
     classes: Sequence[ClassInfo] | None,
     max_text: int,
+    unlabelled: bool,
 ) -> Manifest:
     given, clean = _names(rows, roles["label"]), _names(rows, roles["clean"])
     if classes is None:
@@ -367,7 +371,7 @@ def _build(
             f"the given labels {', '.join(unknown[:5])} are not among the {len(classes)} classes of the definitions",
             file=address,
         )
-    if not names:
+    if not names and not unlabelled:
         raise DataError("no given labels were found; name their column with --label_column", file=address)
     out_of_set = -1 if roles["clean"] else -2
     numbers = [-1 if g is None else names[g] for g in given]

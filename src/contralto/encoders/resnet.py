@@ -36,8 +36,12 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) to features (N, num_features)."""
-        features: Tensor = self.layers(x).mean((2, 3))
-        return features
+        return self.forward_map(x).mean((2, 3))
+
+    def forward_map(self, x: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) to the map (N, num_features, h, w) whose mean the features are."""
+        cells: Tensor = self.layers(x)
+        return cells
 
 
 class Conv4(nn.Sequential):
@@ -66,6 +70,12 @@ class Conv4(nn.Sequential):
             ]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.num_features = width
+
+    def forward_map(self, x: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) to the map (N, num_features, h, w) whose mean the features are."""
+        for layer in list(self)[:-2]:
+            x = layer(x)
+        return x
 
 
 class _Block(nn.Module):

@@ -1,5 +1,6 @@
 """Accuracy in its kinds, and how uncertain it is."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,7 +8,15 @@ import numpy.typing as npt
 
 from contralto.errors import UsageError
 
-__all__ = ["Interval", "accuracy_interval", "calibration_error", "group_numbers", "per_class_accuracy"]
+__all__ = [
+    "Interval",
+    "accuracy_interval",
+    "calibration_error",
+    "group_numbers",
+    "group_numbers_of_seeds",
+    "paired_interval",
+    "per_class_accuracy",
+]
 
 Labels = npt.NDArray[np.integer[Any]]
 
@@ -74,35 +83,76 @@ def accuracy_interval(
     seeds, n = matrix.shape
     if n == 0 or len(labels) != n:
         raise UsageError(f"correct and labels must have the same length above 0, got {n} and {len(labels)}")
-    group = group_numbers(n, groups)
-    group_count = int(group.max()) + 1
-    classes = np.asarray(labels) if macro else np.zeros(n, int)
-    num_classes = int(classes.max()) + 1
-    # Sums of right and of all per (group, class): a resample weighs groups, so it is two matrix products.
-    cell = group * num_classes + classes
-    total = np.bincount(cell, minlength=group_count * num_classes).reshape(group_count, num_classes)
-    right = np.stack(
-        [
-            np.bincount(cell, row, minlength=group_count * num_classes).reshape(group_count, num_classes)
-            for row in matrix
-        ]
-    )
+    return paired_interval(
+        list(matrix), labels=[labels] * seeds if macro else None, groups=None if groups is None else [groups] * seeds,
+        level=level, resamples=resamples, seed=seed,
+    )  # fmt: skip
+
+
+def paired_interval(
+    values: Sequence[npt.NDArray[np.float64]],
+    *,
+    labels: Sequence[Labels] | None = None,
+    groups: Sequence[npt.NDArray[Any]] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean over seeds of the mean over test samples, with a bootstrap interval over both; every seed may have other samples.
+
+    A resample draws seeds, and groups for all seeds alike. A group is known by its name, a sample that stands alone by its place:
+    where seeds have other samples at the same place, drawing them together changes nothing, as they are independent.
+
+    Parameters
+    ----------
+    values : sequence of array (N_s,)
+        Per seed, a score of every test sample, or a difference of scores.
+    labels : sequence of array (N_s,), optional
+        Classes in [0, C): the mean is then over classes.
+    groups : sequence of array (N_s,), optional
+        Samples of one group are drawn together; "" and None stand alone.
+    level, resamples, seed
+        As in `accuracy_interval`.
+
+    Returns
+    -------
+    Interval
+        Percentile interval.
+
+    Examples
+    --------
+    >>> paired_interval([np.array([1.0, 0.0]), np.array([1.0, 1.0, 1.0])]).value
+    0.75
+    """
+    seeds, sizes = len(values), [len(v) for v in values]
+    group = group_numbers_of_seeds(sizes, groups)
+    group_count = 1 + max(int(g.max()) for g in group)
+    classes = [np.asarray(v) for v in labels] if labels is not None else [np.zeros(n, int) for n in sizes]
+    num_classes = 1 + max(int(c.max()) for c in classes)
+    # Sums of scores and counts per (group, seed, class): a resample weighs groups, so it is two matrix products.
+    right = np.zeros((group_count, seeds, num_classes))
+    total = np.zeros_like(right)
+    for s in range(seeds):
+        cell = group[s] * num_classes + classes[s]
+        size = group_count * num_classes
+        right[:, s] = np.bincount(cell, values[s], minlength=size).reshape(group_count, num_classes)
+        total[:, s] = np.bincount(cell, minlength=size).reshape(group_count, num_classes)
     rng = np.random.default_rng(seed)
-    values = []
+    found = []
     for _ in range(0, resamples, 200):
-        weight = rng.multinomial(group_count, np.full(group_count, 1 / group_count), size=200)  # (200, G)
+        weight = rng.multinomial(group_count, np.full(group_count, 1 / group_count), size=200).astype(float)  # (200, G)
         seed_weight = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=200) / seeds  # (200, S)
-        per_seed = np.einsum("rg,sgc->rsc", weight, right)
-        right_sum = np.einsum("rs,rsc->rc", seed_weight, per_seed)
-        values.append(_mean_over_classes(right_sum, weight @ total))
-    point = float(_mean_over_classes(right.mean(0).sum(0)[None], total.sum(0)[None])[0])
-    low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(point, float(low), float(high))
+        drawn = [(weight @ sums.reshape(group_count, -1)).reshape(200, seeds, -1) for sums in (right, total)]
+        per_seed = _mean_over_classes(*drawn)  # (200, S)
+        found.append((seed_weight * per_seed).sum(1))
+    of_seeds = _mean_over_classes(right.sum(0), total.sum(0))
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(of_seeds.mean()), float(low), float(high))
 
 
 def _mean_over_classes(right: npt.NDArray[np.float64], total: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     share = np.where(total > 0, right / np.maximum(total, 1e-12), 0.0)
-    return np.asarray(share.sum(1) / np.maximum((total > 0).sum(1), 1))
+    return np.asarray(share.sum(-1) / np.maximum((total > 0).sum(-1), 1))
 
 
 def group_numbers(n: int, groups: npt.NDArray[Any] | None = None) -> npt.NDArray[np.int64]:
@@ -115,9 +165,29 @@ def group_numbers(n: int, groups: npt.NDArray[Any] | None = None) -> npt.NDArray
     """
     if groups is None:
         return np.arange(n)
+    return np.asarray(np.unique(_names_of_groups(n, groups), return_inverse=True)[1], np.int64)
+
+
+def _names_of_groups(n: int, groups: npt.NDArray[Any]) -> npt.NDArray[np.str_]:
     names = np.asarray(groups).astype(str)
-    names = np.where(np.isin(names, ["", "None"]), np.char.add("\x00", np.arange(n).astype(str)), names)
-    return np.asarray(np.unique(names, return_inverse=True)[1], np.int64)
+    return np.where(np.isin(names, ["", "None"]), np.char.add("\x00", np.arange(n).astype(str)), names)
+
+
+def group_numbers_of_seeds(
+    sizes: Sequence[int], groups: Sequence[npt.NDArray[Any]] | None = None
+) -> list[npt.NDArray[np.int64]]:
+    """Per seed, the number of the group of every sample: the same name, or place of one that stands alone, is the same number.
+
+    Examples
+    --------
+    >>> [g.tolist() for g in group_numbers_of_seeds([2, 3], [np.array(["a", ""]), np.array(["", "", "a"])])]
+    [[2, 1], [0, 1, 2]]
+    """
+    if groups is None:
+        return [np.arange(n) for n in sizes]
+    named = [_names_of_groups(n, g) for n, g in zip(sizes, groups, strict=True)]
+    numbers = np.unique(np.concatenate(named), return_inverse=True)[1].astype(np.int64)
+    return np.split(numbers, np.cumsum(sizes)[:-1])
 
 
 def calibration_error(happened: npt.ArrayLike, probability: npt.ArrayLike, *, bins: int = 15) -> float:

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses.tiled import TileFunction, called, columns_of, contrast_tiled, one_hot
+from contralto.losses.units import full_precision, unit_rows
 
 __all__ = ["Form", "Reduction", "contrast", "soft_cross_entropy"]
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
 Form = Literal["auto", "dense", "tiled"]
-TILED_FROM = 2048 * 2048
-"""Entries of the matrix from which "auto" is tiled; see `benchmarks/contrast.py`."""
 
 
 def contrast(
@@ -66,8 +65,7 @@ def contrast(
         "mean" is over the anchors that have positives, "mean_all" over all anchors; anchors without positives, or without
         anything to be compared with, count as 0.
     form : {"auto", "dense", "tiled"}
-        "auto" is tiled from `TILED_FROM` entries of the matrix on, where it saves memory and time, and dense below. Leading
-        dimensions and second derivatives need the dense form.
+        "auto" is tiled unless there are leading dimensions. They and second derivatives need the dense form.
 
     Returns
     -------
@@ -113,19 +111,22 @@ def contrast(
             f"weights as integers name columns to leave out and must be of shape {(*query.shape[:-1], 'E')}, got "
             f"{tuple(weights.shape)}"
         )
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query):
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
-        query, key = query.to(dtype), key.to(dtype)
-        if normalize:
-            query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        if form == "tiled" or (form == "auto" and query.ndim == key.ndim == 2 and len(query) * len(key) >= TILED_FROM):
-            if query.ndim != 2 or key.ndim != 2:
+        query, key = (query.to(dtype),) * 2 if query is key else (query.to(dtype), key.to(dtype))
+        flat = query.ndim == key.ndim == 2
+        if form == "tiled" or (form == "auto" and flat):
+            if not flat:
                 raise UsageError('form="tiled" takes query (N, D) and key (M, D); leading dimensions need "dense"')
+            if normalize:
+                query, key = unit_rows(query) * 2 if query is key else unit_rows(query, key)
             loss, valid = contrast_tiled(
                 query, key, positives=positives, weights=weights, temperature=temperature, coupled=coupled,
                 log_outside=log_outside, summed=reduction != "none",
             )  # fmt: skip
         else:
+            if normalize:
+                query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
             loss, valid = _dense(query, key, positives, weights, temperature, coupled, log_outside)
     if reduction == "none":
         return loss

@@ -24,17 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
+from contralto.losses.bounded import LARGEST_SCALE, clip_sum, info_nce_sum, nt_xent_sum
 from contralto.losses.contrast import Reduction, contrast
-from contralto.losses.symmetric import clip_sum, fits_one_shift, nt_xent_sum
-from contralto.losses.tiled import refuse_second_derivative, tile_rows
+from contralto.losses.tiled import tile_rows
+from contralto.losses.units import full_precision, refuse_second_derivative, unit_rows
 
 __all__ = [
     "CLIP", "DCL", "InfoNCE", "NTXent", "SigLIP", "SupCon",
     "clip", "dcl", "hard_negative", "info_nce", "nt_xent", "siglip", "sup_con",
 ]  # fmt: skip
-
-SYMMETRIC_FROM = 4096
-"""Rows from which the forms of `losses.symmetric` are taken; see `benchmarks/contrast.py`."""
 
 
 def info_nce(
@@ -65,7 +63,13 @@ def info_nce(
     """
     _same_shape(query, key)
     keys = key if negatives is None else torch.cat([key, negatives])
-    own = torch.arange(len(query), device=query.device)
+    n = len(query)
+    if reduction != "none" and _bounded(temperature):
+        with full_precision(query):
+            a, b = unit_rows(query, keys)
+            total = info_nce_sum(a, b, 1 / _as(temperature, a).reshape(()))
+            return total if reduction == "sum" else total / max(n, 1)
+    own = torch.arange(n, device=query.device)
     return contrast(query, keys, positives=own, temperature=temperature, reduction=reduction)
 
 
@@ -87,13 +91,11 @@ def nt_xent(z0: Tensor, z1: Tensor, *, temperature: float | Tensor = 0.1, reduct
     """
     z = _both(z0, z1)
     n = len(z)
-    if reduction != "none" and n >= SYMMETRIC_FROM and _is_one(temperature):
-        with torch.autocast(z.device.type, enabled=False):
-            (unit,) = _units(z)
-            scale = 1 / _as(temperature, unit).reshape(())
-            if fits_one_shift(unit, scale):
-                total = nt_xent_sum(unit, scale)
-                return total if reduction == "sum" else total / n
+    if reduction != "none" and _bounded(temperature):
+        with full_precision(z):
+            (unit,) = unit_rows(z)
+            total = nt_xent_sum(unit, 1 / _as(temperature, unit).reshape(()))
+            return total if reduction == "sum" else total / max(n, 1)
     own = torch.arange(n, device=z.device)
     return contrast(
         z, z, positives=own.roll(n // 2), weights=own.unsqueeze(1), temperature=temperature, reduction=reduction
@@ -193,8 +195,8 @@ def hard_negative(
     n = len(z)
     if n < 4:
         raise UsageError(f"a batch of {n // 2} has no negatives: at least two samples are needed")
-    with torch.autocast(z.device.type, enabled=False):
-        (unit,) = _units(z)
+    with full_precision(z):
+        (unit,) = unit_rows(z)
         logits = unit @ unit.T / temperature
         own = torch.arange(n, device=z.device)
         partner = own.roll(n // 2)
@@ -268,11 +270,11 @@ def clip(image: Tensor, text: Tensor, *, temperature: float | Tensor = 0.07, red
     """
     _same_shape(image, text)
     n = len(image)
-    if reduction != "none" and n >= SYMMETRIC_FROM and _is_one(temperature):
-        with torch.autocast(image.device.type, enabled=False):
-            a, b = _units(image, text)
+    if reduction != "none" and _is_one(temperature):
+        with full_precision(image):
+            a, b = unit_rows(image, text)
             total = clip_sum(a, b, 1 / _as(temperature, a).reshape(())) / 2
-            return total if reduction == "sum" else total / n
+            return total if reduction == "sum" else total / max(n, 1)
     there = info_nce(image, text, temperature=temperature, reduction=reduction)
     return (there + info_nce(text, image, temperature=temperature, reduction=reduction)) / 2
 
@@ -298,8 +300,8 @@ def siglip(image: Tensor, text: Tensor, *, scale: float | Tensor = 10.0, bias: f
     tensor(0.6932)
     """
     _same_shape(image, text)
-    with torch.autocast(image.device.type, enabled=False):
-        a, b = _units(image, text)
+    with full_precision(image):
+        a, b = unit_rows(image, text)
         total: Tensor = _SigLIP.apply(a, b, _as(scale, a), _as(bias, a))
     return total / len(image)
 
@@ -339,16 +341,13 @@ def _both(z0: Tensor, z1: Tensor) -> Tensor:
     return torch.cat([z0, z1])
 
 
-def _units(*rows: Tensor) -> list[Tensor]:
-    """Rows of length one, all in the widest of their types, at least single precision."""
-    dtype = torch.float32
-    for x in rows:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [F.normalize(x.to(dtype), dim=1) for x in rows]
-
-
 def _is_one(temperature: float | Tensor) -> bool:
     return not isinstance(temperature, Tensor) or temperature.numel() == 1
+
+
+def _bounded(temperature: float | Tensor) -> bool:
+    """Whether the losses of `losses.bounded` take it."""
+    return _is_one(temperature) and torch.as_tensor(temperature).item() * LARGEST_SCALE >= 1
 
 
 def _as(x: float | Tensor, like: Tensor) -> Tensor:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contralto.errors import UsageError
+from contralto.losses.units import refuse_second_derivative
 
-__all__ = [
-    "TILE_BYTES", "TileFunction", "called", "columns_of", "contrast_tiled", "one_hot", "refuse_second_derivative", "tile_rows",
-]  # fmt: skip
+__all__ = ["TILE_BYTES", "TileFunction", "called", "columns_of", "contrast_tiled", "one_hot", "tile_rows"]
 
 TileFunction = Callable[[Tensor, Tensor], Tensor]
 
-TILE_BYTES = 8 * 2**20
-"""Memory of one tile; see `benchmarks/contrast.py --tiles`."""
+TILE_BYTES = 24 * 2**20
+"""Memory of one tile. Larger ones multiply a little faster; below 32 MiB, memory that was freed is had again without the system's
+zeroing it first. See `benchmarks/contrast.py --tiles`."""
 
 
 def tile_rows(columns: int, itemsize: int) -> int:
@@ -30,7 +29,7 @@ def tile_rows(columns: int, itemsize: int) -> int:
     Examples
     --------
     >>> tile_rows(8192, 4)
-    256
+    768
     """
     return max(TILE_BYTES // max(columns * itemsize, 1), 1)
 
@@ -95,6 +94,7 @@ class _Tiles:
     ) -> None:
         self.positives, self.out, self.weight_function = positives, out, weight_function
         self.coupled, self.log_outside = coupled, log_outside
+        self.all_out = out is not None and bool((out >= 0).all())  # no row has fewer columns to leave out than others
 
     @property
     def by_column(self) -> bool:
@@ -105,6 +105,8 @@ class _Tiles:
         """The tile with what is left out at minus infinity, changed in place."""
         if self.out is not None:
             columns = self.out[start:stop]
+            if self.all_out:
+                return logits.scatter_(1, columns, -torch.inf)
             row, place = (columns >= 0).nonzero(as_tuple=True)
             logits[row, columns[row, place]] = -torch.inf
         return logits
@@ -134,12 +136,6 @@ def one_hot(column: Tensor, tile: Tensor) -> Tensor:
     """1 where a row (..., n) names the column of a tile (..., n, M), else 0; -1 names none."""
     columns = torch.arange(tile.shape[-1], device=tile.device)
     return (column.unsqueeze(-1) == columns).to(tile.dtype)
-
-
-def refuse_second_derivative(instead: str) -> None:
-    """Raise in a backward pass that is to be differentiated again."""
-    if torch.is_grad_enabled():
-        raise UsageError(f"a second derivative {instead}")
 
 
 def _part(x: Tensor, start: int, stop: int) -> Tensor:
@@ -206,19 +202,19 @@ def _pass(
 ) -> tuple[Tensor, Tensor]:
     """Losses and validity of all rows, tile by tile; adds up gradients on the way."""
     n, m = len(query), len(key)
-    loss, valid = query.new_zeros(n), torch.zeros(n, dtype=torch.bool, device=query.device)
+    loss, valid = query.new_empty(n), torch.empty(n, dtype=torch.bool, device=query.device)
     step = tile_rows(m, query.element_size())
-    wants_more = gradients is not None and any(p is not None for p in gradients.parts[2:])
     by_row = t.numel() == 1 or t.shape == (n, 1)
     by_weight = tiles.weight_function is None and (w is None or w.shape[-1:].numel() == w.numel() == m)
-    quick = tiles.by_column and by_row and by_weight and not tiles.log_outside and not wants_more
+    wants_weight = gradients is not None and gradients.parts[3] is not None
+    quick = tiles.by_column and by_row and by_weight and not tiles.log_outside and not wants_weight
     bias = None if w is None or not quick else w.reshape(m).log()
-    buffers = [query.new_empty(min(step, n), m) for _ in range(2 if quick else 0)]
+    buffer = query.new_empty(min(step, n), m) if quick else query
     for start in range(0, n, step):
         stop = min(start + step, n)
         u = None if upstream is None else upstream[start:stop]
         if quick:
-            found = _quick_tile(query[start:stop], key, t, tiles, start, stop, bias, buffers, gradients, u)
+            found = _quick_tile(query[start:stop], key, t, tiles, start, stop, bias, buffer, gradients, u)
         else:
             found = _tile(query[start:stop], key, t, w, tiles, start, stop, gradients, u)
         loss[start:stop], valid[start:stop] = found
@@ -233,47 +229,49 @@ def _quick_tile(
     start: int,
     stop: int,
     bias: Tensor | None,
-    buffers: list[Tensor],
+    buffer: Tensor,
     gradients: _Gradients | None,
     upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One positive a row, weights by column, temperature by row: few passes over the tile."""
+    """One positive a row, weights by column, temperature by row: few passes over the tile, and no second one in memory."""
     n = stop - start
-    logits, share = (b[:n] for b in buffers)
-    inverse = 1 / (t.reshape(-1, 1) if t.numel() == 1 else t[start:stop])
-    scaled = query * inverse
+    inverse = 1 / (t.reshape(1, 1) if t.numel() == 1 else t[start:stop])
+    scaled, share = query * inverse, buffer[:n]
     if bias is None:
-        torch.mm(scaled, key.T, out=logits)
+        torch.mm(scaled, key.T, out=share)
     else:
-        torch.addmm(bias, scaled, key.T, out=logits)
-    tiles.leave_out(logits, start, stop)
+        torch.addmm(bias, scaled, key.T, out=share)
+    tiles.leave_out(share, start, stop)
     column = tiles.positives[start:stop]  # type: ignore[index]
     has = column >= 0
     column = column.clamp_min(0)
     own = (scaled * key[column]).sum(1)  # without the weight of its column
-    highest = logits.amax(1)
+    highest = share.amax(1)
     nothing = highest == -torch.inf
-    torch.softmax(logits, 1, out=share)
+    share = torch.softmax(share, 1, out=share if share.is_cpu else None)  # row by row: may overwrite what it reads
     log_denominator = highest - share.amax(1).log()
-    factor = torch.ones_like(own)
+    factor = None
     if tiles.coupled:
         both = torch.where(nothing, own, torch.logaddexp(log_denominator, own))
         factor = -torch.expm1(own - both)  # what the others hold of the denominator
         loss, valid = both - own, has
     else:
         loss, valid = log_denominator - own, has & ~nothing
+    counts = valid & ~nothing
     if gradients is not None:
-        share[torch.arange(n, device=share.device), column] -= 1
-        factor = (
-            torch.where(valid & ~nothing, factor if upstream is None else factor * upstream, 0.0).unsqueeze(1) * inverse
-        )
-        if bool((nothing | ~valid).any()):
-            share.masked_fill_((nothing | ~valid).unsqueeze(1), 0.0)
-        to_query, to_key = gradients.parts[:2]
-        if to_query is not None:
-            torch.mul(share @ key, factor, out=to_query[start:stop])
+        share.scatter_add_(1, column.unsqueeze(1), share.new_full((1, 1), -1.0).expand(n, 1))
+        if not bool(counts.all()):
+            share.masked_fill_(~counts.unsqueeze(1), 0.0)
+        for more in (factor, upstream):
+            if more is not None:
+                inverse = inverse * torch.where(counts, more, 0.0).unsqueeze(1)
+        to_query, to_key, to_t, _ = gradients.parts
+        if to_query is not None or to_t is not None:
+            part = torch.mm(share, key, out=None if to_query is None else to_query[start:stop]).mul_(inverse)
+            if to_t is not None:
+                _add_part(to_t, (part * query).sum(1, keepdim=True) / -_part(t, start, stop), start, stop)
         if to_key is not None:
-            to_key.addmm_(share.T, query * factor)
+            to_key.addmm_(share.T, query * inverse)
     return torch.where(valid, loss, 0.0), valid
 
 

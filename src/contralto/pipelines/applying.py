@@ -14,6 +14,7 @@ from contralto.data.ingest import clean_name
 from contralto.data.sources import IMAGE_SUFFIXES, Block, find_blocks, read_block
 from contralto.errors import DataError
 from contralto.files import write_atomically
+from contralto.pipelines.embedding import Embedder
 from contralto.systems.webly.model import UNKNOWN, WebClassifier
 
 __all__ = ["Applied", "apply_model"]
@@ -32,7 +33,7 @@ class Applied:
 
 
 def apply_model(
-    model: WebClassifier,
+    model: WebClassifier | Embedder,
     data: str,
     target: str | Path,
     *,
@@ -45,7 +46,7 @@ def apply_model(
 
     Parameters
     ----------
-    model : WebClassifier
+    model : WebClassifier or Embedder
     data : str
         Path or fsspec address in any form of `contralto.data.sources`, or one image file.
     target : path
@@ -93,7 +94,7 @@ def apply_model(
 
 
 def _results(
-    model: WebClassifier, data: str, task: str, threshold: float, image_column: str | None, on: str | None
+    model: WebClassifier | Embedder, data: str, task: str, threshold: float, image_column: str | None, on: str | None
 ) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
     if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
         return iter([(_Apply(model, task, threshold).table([data], [Path(data).read_bytes()]), [])])
@@ -107,7 +108,7 @@ class _Apply:
 
     def __init__(
         self,
-        model: WebClassifier,
+        model: WebClassifier | Embedder,
         task: str,
         threshold: float,
         image_column: str | None = None,

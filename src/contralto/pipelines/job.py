@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,22 +29,22 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from contralto.cluster import has_gpus, map_blocks
+from contralto.cluster import map_blocks
 from contralto.data.dataset import Batch, EpochSampler, FeatureDataset, ImageDataset
 from contralto.data.definitions import fill_definitions, load_definitions
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.verified import UNKNOWN, read_reviewed
-from contralto.encoders.features import EncodePictures, cached_array
+from contralto.encoders.features import EncodePictures, cached_array, device_of
 from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.encoders.pictures import PictureBlock, PictureReader, picture_blocks
 from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, calibration_error
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
 from contralto.evaluation.openset import open_set_curve
-from contralto.files import naming, remove_leftovers, save_array, write_atomically, write_json
-from contralto.pipelines.outputs import environment, model_card, write_cleaned_csv
+from contralto.files import naming, save_array, write_atomically, write_json
+from contralto.pipelines.outputs import FREE, claim_run, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
 from contralto.systems.registry import SYSTEMS
 from contralto.systems.webly.base import WeblySystem, scale_rule
@@ -54,8 +54,6 @@ from contralto.views.image import EvalView, View, strong_view, weak_view
 
 __all__ = ["Job", "load_preset", "presets_of"]
 
-FREE = ("checkpoint_every", "on")
-"""Arguments on which no result depends: a run may go on with other ones."""
 Array = npt.NDArray[Any]
 
 
@@ -67,22 +65,37 @@ def presets_of(system: str) -> list[str]:
     >>> presets_of("capro")
     ['google500', 'small', 'webvision1k']
     """
-    folder = resources.files("contralto.systems.webly").joinpath("presets", system)
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir()) if folder.is_dir() else []
+    return sorted({f.stem for f in _presets(system)})
 
 
 def load_preset(name: str, system: str = "capro") -> dict[str, Any]:
-    """Arguments of a preset.
+    """Arguments of a preset: what the systems of one group share under this name, and those of the system itself.
 
     Examples
     --------
     >>> load_preset("google500")["epochs"]
     120
+    >>> load_preset("small", "moco")["image_size"], load_preset("small", "moco")["queue_size"]
+    (32, 4096)
     """
-    if name not in presets_of(system):
-        raise UsageError(f"no preset of {system} is called {name!r}: there are {', '.join(presets_of(system))}")
-    folder = resources.files("contralto.systems.webly").joinpath("presets", system)
-    return dict(yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
+    files = [f for f in _presets(system) if f.stem == name]
+    if not files:
+        raise UsageError(
+            f"no preset of {system} is called {name!r}: there are {', '.join(presets_of(system)) or 'none'}"
+        )
+    found: dict[str, Any] = {}
+    for file in files:
+        found |= yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    return found
+
+
+def _presets(system: str) -> list[Path]:
+    """The files of presets beside that of the system: the shared ones first."""
+    if system not in SYSTEMS:
+        return []
+    with resources.as_file(resources.files(SYSTEMS[system].path.rpartition(".")[0])) as group:
+        folder = group / "presets"
+        return sorted(folder.glob("*.yaml")) + sorted((folder / system).glob("*.yaml"))
 
 
 @dataclass
@@ -173,32 +186,8 @@ class Job:
 
     def claim(self) -> None:
         """Make the folder, or make sure that it holds the same job."""
-        path = self.out / "config.json"
-        config: dict[str, Any] = {
-            "system": self.name,
-            "version": metadata.version("contralto"),
-            "data": self.data,
-            "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())},
-            "extensions": self._extensions(),
-        }
-        if path.exists() and (self.out / "manifest").exists():
-            with naming(path):
-                before = dict(json.loads(path.read_text(encoding="utf-8")))
-            ours, theirs = (
-                {k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before)
-            )
-            if before.get("data") != self.data or ours != theirs:
-                changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-                raise UsageError(
-                    f"{self.out} holds a run with other arguments ({', '.join(changed) or 'data'}): choose another --out, "
-                    f"or delete that folder"
-                )
-        elif not path.exists() and self.out.exists() and any(self.out.iterdir()):
-            raise UsageError(f"{self.out} is not empty and holds no run: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.out)
-        write_json(self.out / "config.json", config)
-        write_json(self.out / "environment.json", environment())
+        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())}
+        claim_run(self.out, self.name, self.data, arguments, extensions=self._extensions())
         if (self.out / "seconds.json").exists():
             with naming(self.out / "seconds.json"):
                 self.seconds = dict(json.loads((self.out / "seconds.json").read_text(encoding="utf-8")))
@@ -348,11 +337,7 @@ class Job:
         return cached_array(self.cache, "image", key, compute, rows=len(rows))
 
     def _device(self) -> str:
-        wanted, on = self.arguments["accelerator"], self.arguments["on"]
-        there = torch.cuda.is_available() if on is None else has_gpus(on)
-        if wanted in ("gpu", "cuda") or (wanted == "auto" and there):
-            return "cuda"
-        return "mps" if wanted == "mps" else "cpu"
+        return device_of(self.arguments["accelerator"], self.arguments["on"])
 
     # Training.
 

@@ -1,8 +1,9 @@
 """What a run leaves for people: the cleaned list as CSV, the model card, the record of versions and machine."""
 
+import json
 import platform
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,50 @@ import pyarrow as pa
 import pyarrow.csv
 import torch
 
-from contralto.files import write_atomically
+from contralto.errors import UsageError
+from contralto.files import naming, remove_leftovers, write_atomically, write_json
 
-__all__ = ["environment", "model_card", "write_cleaned_csv"]
+__all__ = ["FREE", "claim_run", "environment", "model_card", "write_cleaned_csv"]
+
+FREE = ("checkpoint_every", "on")
+"""Arguments on which no result depends: a run may go on with other ones."""
+
+
+def claim_run(
+    out: Path, system: str, data: str, arguments: Mapping[str, Any], *, extensions: Sequence[str] = ()
+) -> None:
+    """Make a run folder that says what it is (`config.json`, `environment.json`), or make sure that it holds the same run.
+
+    Raises
+    ------
+    UsageError
+        If there is another run, or something else.
+    """
+    path = out / "config.json"
+    config: dict[str, Any] = {
+        "system": system,
+        "version": metadata.version("contralto"),
+        "data": data,
+        "arguments": dict(arguments),
+        "extensions": list(extensions),
+    }
+    if path.exists() and (out / "manifest").exists():
+        with naming(path):
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        ours, theirs = ({k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before))
+        same = before.get("data") == data and before.get("system") == system
+        if not same or ours != theirs:
+            changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
+            raise UsageError(
+                f"{out} holds a run with other arguments ({', '.join(changed) or 'system or data'}): choose another --out, "
+                f"or delete that folder"
+            )
+    elif not path.exists() and out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty and holds no run: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
+    write_json(path, config)
+    write_json(out / "environment.json", environment())
 
 
 def write_cleaned_csv(table: pa.Table, path: Path) -> None:

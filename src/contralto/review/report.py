@@ -31,7 +31,7 @@ from contralto.files import naming, write_atomically
 from contralto.review.charts import bar_pairs, curve, heat_map, scatter
 from contralto.systems.registry import SYSTEMS, get_job, get_system
 
-__all__ = ["shown_text", "write_report"]
+__all__ = ["page_assets", "render", "safe_json", "sheets_of", "shown_text", "thumbnail_of", "write_report"]
 
 SHEET = 100
 OPEN_SET_SIDE = 64
@@ -91,14 +91,7 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
         metrics["test"] = {"plain": None, "difference": None} | metrics["test"]
     rows = _table(run / "cleaned.parquet").to_pylist()
     name = "report_sets" if get_job(system.name).multilabel else "report"
-    templates = resources.files("contralto.review").joinpath("templates")
-    style, shared, own = (templates.joinpath(f).read_text("utf-8") for f in ("report.css", "page.js", f"{name}.js"))
-    script = shared + own
-    page = {
-        "style": style,
-        "script": script,
-        "style_hash": _policy_hash(style),
-        "script_hash": _policy_hash(script),
+    page = page_assets(name) | {
         "config": config,
         "system": system,
         "environment": _json(run / "environment.json") if (run / "environment.json").exists() else {},
@@ -110,22 +103,35 @@ def _page(run: Path, read_image: Callable[[int], npt.NDArray[np.uint8]], thumbna
     }
     parts, items_of = (_sets_parts, _set_items) if name == "report_sets" else (_label_parts, _items)
     page |= parts(run, manifest, system.title, metrics, rows, read_image)
+    fixed = len(render(name, page, items="", sheets=[], thumbnail=thumbnail, left_out=0).encode())
+    budget = max_bytes - fixed - 200_000
+    items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, budget, items_of)
+    return render(
+        name,
+        page,
+        items=markupsafe.Markup(safe_json(items)),  # noqa: S704 (escaped by safe_json)
+        sheets=sheets,
+        thumbnail=size,
+        left_out=left_out,
+    )
+
+
+def page_assets(name: str) -> dict[str, Any]:
+    """Style and script of a page, with the hashes by which its policy allows them."""
+    templates = resources.files("contralto.review").joinpath("templates")
+    style, shared, own = (templates.joinpath(f).read_text("utf-8") for f in ("report.css", "page.js", f"{name}.js"))
+    script = shared + own
+    return {"style": style, "script": script, "style_hash": _policy_hash(style), "script_hash": _policy_hash(script)}
+
+
+def render(name: str, page: dict[str, Any], **more: Any) -> str:
+    """The page of a template, with everything escaped that is not markup already."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("contralto.review"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = lambda x, digits=1: "\u2013" if x is None or x != x else f"{100 * x:.{digits}f} %"
-    template = environment.get_template(f"{name}.html.j2")
-    fixed = len(template.render(page, items="", sheets=[], thumbnail=thumbnail, left_out=0).encode())
-    budget = max_bytes - fixed - 200_000
-    items, sheets, size, left_out = _gallery(rows, manifest, read_image, thumbnail, budget, items_of)
-    return template.render(
-        page,
-        items=markupsafe.Markup(_safe_json(items)),  # noqa: S704 (escaped by _safe_json)
-        sheets=sheets,
-        thumbnail=size,
-        left_out=left_out,
-    )
+    return environment.get_template(f"{name}.html.j2").render(page, **more)
 
 
 def _label_parts(
@@ -181,7 +187,7 @@ def _policy_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _safe_json(value: Any) -> str:
+def safe_json(value: Any) -> str:
     """JSON that cannot end its script block or be taken for markup."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
@@ -213,19 +219,19 @@ def _gallery(
     texts = manifest.texts
     most = max(1, budget // SMALLEST)  # no more than these can fit, so no more are decoded
     order = sorted(_most_suspicious(rows, most), key=lambda r: (r["given"], -r["p_wrong"]))
-    thumbs = [_thumbnail(read_image(r["index"]), side) for r in order]
+    thumbs = [thumbnail_of(read_image(r["index"]), side) for r in order]
     for scale, quality in ((1.0, 70), (1.0, 50), (0.75, 50), (0.67, 35)):
         size = round(side * scale)
-        sheets = _sheets(thumbs, size, quality)
+        sheets = sheets_of(thumbs, size, quality)
         items = items_of(order, texts)
-        if sum(map(len, sheets)) + len(_safe_json(items).encode()) <= budget or (scale, quality) == (0.67, 35):
+        if sum(map(len, sheets)) + len(safe_json(items).encode()) <= budget or (scale, quality) == (0.67, 35):
             break
-    total = sum(map(len, sheets)) + len(_safe_json(items).encode())
+    total = sum(map(len, sheets)) + len(safe_json(items).encode())
     if total > budget:  # the most suspicious of all stay
         keep = max(1, int(len(order) * budget / total * 0.95))
         chosen = sorted(sorted(range(len(order)), key=lambda i: -order[i]["p_wrong"])[:keep])
         order, thumbs = [order[i] for i in chosen], [thumbs[i] for i in chosen]
-        sheets, items = _sheets(thumbs, size, quality), items_of(order, texts)
+        sheets, items = sheets_of(thumbs, size, quality), items_of(order, texts)
     return items, sheets, size, len(rows) - len(order)
 
 
@@ -233,7 +239,8 @@ def _most_suspicious(rows: list[dict[str, Any]], most: int) -> list[dict[str, An
     return rows if len(rows) <= most else sorted(rows, key=lambda r: -r["p_wrong"])[:most]
 
 
-def _thumbnail(image: npt.NDArray[np.uint8], side: int) -> Image.Image:
+def thumbnail_of(image: npt.NDArray[np.uint8], side: int) -> Image.Image:
+    """A picture (H, W, 3) within a white square."""
     picture = Image.fromarray(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     canvas = Image.new("RGB", (side, side), (255, 255, 255))
@@ -241,7 +248,8 @@ def _thumbnail(image: npt.NDArray[np.uint8], side: int) -> Image.Image:
     return canvas
 
 
-def _sheets(thumbs: list[Image.Image], side: int, quality: int) -> list[str]:
+def sheets_of(thumbs: list[Image.Image], side: int, quality: int) -> list[str]:
+    """Thumbnails as data addresses of sheets of ten by ten."""
     sheets = []
     for start in range(0, len(thumbs), SHEET):
         part = thumbs[start : start + SHEET]
@@ -368,7 +376,7 @@ def _open_set(
     step = max(1.0, table.num_rows / SHEET)
     rows = table.take([int(i * step) for i in range(int(table.num_rows / step))]).to_pylist()
     data = {
-        "sheet": _sheets([_thumbnail(read_image(r["index"]), OPEN_SET_SIDE) for r in rows], OPEN_SET_SIDE, 60)[0],
+        "sheet": sheets_of([thumbnail_of(read_image(r["index"]), OPEN_SET_SIDE) for r in rows], OPEN_SET_SIDE, 60)[0],
         "side": OPEN_SET_SIDE,
         "curve": {k: found[k] for k in ("thresholds", *told)},
         "items": [
@@ -386,7 +394,7 @@ def _open_set(
         "legend": [(name, f"s{i % 8}") for i, (name, _) in enumerate(series)],
         "unknown": found["unknown"],
         "start": round(found["best"], 2) if found["unknown"] else 0.3,
-        "data": markupsafe.Markup(_safe_json(data)),  # noqa: S704 (escaped by _safe_json)
+        "data": markupsafe.Markup(safe_json(data)),  # noqa: S704 (escaped by safe_json)
     }
 
 

@@ -26,7 +26,7 @@ class System:
     path : str
         ``module:class``.
     job : str
-        ``module:class`` of the job behind ``contralto fit``.
+        ``module:class`` of the job behind ``contralto fit``; a job for many systems is made with the name of one.
     """
 
     name: str
@@ -36,6 +36,20 @@ class System:
     paper: str
     path: str
     job: str
+
+
+def _encoder(
+    name: str,
+    title: str,
+    path: str,
+    problem: str,
+    paper: str,
+    *,
+    data: str = "images; labels are only looked at",
+    job: str = "contralto.pipelines.pretrain:Pretraining",
+) -> System:
+    """An entry of a self-supervised system."""
+    return System(name, title, problem, data, paper, f"contralto.systems.selfsup.{path}", job)
 
 
 SYSTEMS: dict[str, System] = {
@@ -68,6 +82,126 @@ SYSTEMS: dict[str, System] = {
             path="contralto.systems.webly.fopro:FoPro",
             job="contralto.pipelines.fopro:FoProJob",
         ),
+        _encoder(
+            "simclr",
+            "SimCLR",
+            "simclr:SimCLR",
+            "encoder from unlabelled images",
+            "A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020, arXiv 2002.05709",
+        ),
+        _encoder(
+            "moco",
+            "MoCo v2",
+            "moco:MoCo",
+            "encoder from unlabelled images, small batches",
+            "Improved Baselines with Momentum Contrastive Learning, 2020, arXiv 2003.04297",
+        ),
+        _encoder(
+            "byol",
+            "BYOL",
+            "byol:BYOL",
+            "encoder from unlabelled images, without negatives",
+            "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning, NeurIPS 2020, arXiv 2006.07733",
+        ),
+        _encoder(
+            "swav",
+            "SwAV",
+            "swav:SwAV",
+            "encoder and clusters from unlabelled images, several crops of each",
+            "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, NeurIPS 2020, arXiv 2006.09882",
+        ),
+        _encoder(
+            "dcl",
+            "DCL",
+            "dcl:DecoupledContrast",
+            "encoder from unlabelled images, small batches and few epochs",
+            "Decoupled Contrastive Learning, ECCV 2022, arXiv 2110.06848",
+        ),
+        _encoder(
+            "isogclr",
+            "iSogCLR",
+            "isogclr:ISogCLR",
+            "encoder from unlabelled images with a long tail, a temperature for every image",
+            "Not All Semantics are Created Equal: "
+            "Contrastive Self-supervised Learning with Automatic Temperature Individualization, ICML 2023, arXiv 2305.11965",
+        ),
+        _encoder(
+            "cacr",
+            "CACR",
+            "cacr:CACR",
+            "encoder from unlabelled images, several views of each",
+            "Contrastive Attraction and Contrastive Repulsion for Representation Learning, TMLR 2023, arXiv 2105.03746",
+        ),
+        _encoder(
+            "groco",
+            "GroCo",
+            "groco:GroCo",
+            "encoder from unlabelled images whose nearest neighbours are right",
+            "Learning by Sorting: Self-supervised Learning with Group Ordering Constraints, ICCV 2023, arXiv 2301.02009",
+        ),
+        _encoder(
+            "contrastive_behaviour",
+            "behaviour of contrastive loss",
+            "contrastive_behaviour:ContrastiveBehaviour",
+            "four losses that tell softmax from hardness, and instruments for any encoder",
+            "Understanding the Behaviour of Contrastive Loss, CVPR 2021, arXiv 2012.09740",
+        ),
+        _encoder(
+            "projection_head",
+            "projection head",
+            "projection_head:ProjectionHead",
+            "encoder with a head of a chosen kind, and what the head keeps from it",
+            "Investigating the Benefits of Projection Head for Representation Learning, ICLR 2024, arXiv 2403.11391",
+        ),
+        _encoder(
+            "hydra",
+            "Hydra",
+            "hydra:Hydra",
+            "encoder and relations of classes, from positive pairs of different classes",
+            "Rethinking Positive Pairs in Contrastive Learning, 2024, arXiv 2410.18200",
+            data="images with labels",
+        ),
+        _encoder(
+            "pixpro",
+            "PixPro",
+            "pixpro:PixPro",
+            "encoder with good feature maps, for detection and segmentation",
+            "Propagate Yourself: "
+            "Exploring Pixel-Level Consistency for Unsupervised Visual Representation Learning, CVPR 2021, arXiv 2011.10043",
+        ),
+        _encoder(
+            "adainf",
+            "AdaInf",
+            "adainf:AdaInf",
+            "encoder from real images and many generated ones",
+            "Do Generated Data Always Help Contrastive Learning?, ICLR 2024, arXiv 2403.12448",
+            data="images, and generated images of the same kind",
+            job="contralto.pipelines.inflated:Inflated",
+        ),
+        _encoder(
+            "mcl_multistage",
+            "MCL",
+            "mcl_multistage:MultiStage",
+            "encoders in stages, each for what the ones before left out",
+            "Learning the Unlearned: Mitigating Feature Suppression in Contrastive Learning, ECCV 2024, arXiv 2402.11816",
+            job="contralto.pipelines.multistage:Stages",
+        ),
+        _encoder(
+            "cmim",
+            "cMIM",
+            "cmim:CMIM",
+            "encoder and decoder without augmentation",
+            "cMIM: A Contrastive Mutual Information Framework for Unified Generative and Discriminative Representation "
+            "Learning, 2025, arXiv 2502.19642",
+        ),
+        _encoder(
+            "sepclr",
+            "SepCLR",
+            "sepclr:SepCLR",
+            "what two sets of images share, and what only one of them shows",
+            "Separating common from salient patterns with Contrastive Representation Learning, ICLR 2024, arXiv 2402.11928",
+            data="images with one of two labels: background and target",
+        ),
     )
 }
 
@@ -91,7 +225,8 @@ def get_job(name: str) -> Any:
     >>> get_job("fopro").fit.__name__
     'fit_fopro'
     """
-    return _load(name, "job")
+    job = _load(name, "job")
+    return job if hasattr(job, "name") else job(name)
 
 
 def _load(name: str, attribute: str) -> Any:

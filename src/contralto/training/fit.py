@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from contralto import distributed
 from contralto.errors import ContraltoError, DataError, UsageError
-from contralto.files import naming, save_weights, write_atomically, write_json
+from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 
 __all__ = ["fit_stage"]
 
@@ -47,6 +46,7 @@ def fit_stage(
     checkpoint_every: int = 1000,
     progress: bool = True,
     trainer: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> LightningModule:
     """Train a module, or load or continue what the folder holds.
 
@@ -55,7 +55,8 @@ def fit_stage(
     module : LightningModule
         What it sums up over an epoch must be in its checkpoints (`on_save_checkpoint`), as other state is.
     loader : DataLoader, optional
-        With an `EpochSampler`, and randomness that is a function of (seed, epoch), as that of `contralto.data.dataset` is.
+        With an `EpochSampler`, or a `GroupBatchSampler` as its batch sampler, and randomness that is a function of
+        (seed, epoch), as that of `contralto.data.dataset` is.
         None is enough for a finished training.
     folder : path
         Belongs to this training alone.
@@ -70,6 +71,8 @@ def fit_stage(
         Show a progress bar.
     trainer : mapping, optional
         Flags for `lightning.Trainer`: `accelerator`, `devices`, `precision`, `strategy`, ...
+    callbacks : sequence of Callback
+        Further ones, with what they keep in their `state_dict`.
 
     Returns
     -------
@@ -97,14 +100,13 @@ def fit_stage(
             raise UsageError(f"the training in {folder} is not finished: it needs its data")
         started = time.perf_counter()
         checkpoints = _Checkpoints(folder, loader, checkpoint_every, fingerprint)
-        _train(module, loader, folder, epochs, progress, checkpoints, dict(trainer or {}))
+        _train(module, loader, folder, epochs, progress, [*callbacks, checkpoints], dict(trainer or {}))
         if distributed.is_main():
             save_weights(module, folder / "weights.safetensors")
             write_json(folder / "done.json", {"epochs": epochs, "seconds": round(time.perf_counter() - started, 2)})
             (folder / "last.ckpt").unlink(missing_ok=True)
     else:
-        with naming(folder / "weights.safetensors"):
-            module.load_state_dict(load_file(folder / "weights.safetensors"))
+        load_weights(module, folder / "weights.safetensors")
     return module.eval()
 
 
@@ -124,13 +126,13 @@ def _train(
     folder: Path,
     epochs: int,
     progress: bool,
-    checkpoints: "_Checkpoints",
+    callbacks: list[Callback],
     flags: dict[str, Any],
 ) -> None:
     if epochs == 0:
         return
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    callbacks: list[Callback] = [checkpoints]
+    checkpoints = next(c for c in callbacks if isinstance(c, _Checkpoints))
     if progress and distributed.is_main():
         callbacks.append(_Bar(folder.name, epochs))
     if loader.worker_init_fn is None:
@@ -245,7 +247,10 @@ class _Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         place = checkpoint["place"]
         # The trainer sets the epoch after it has made the first iterator, and loader workers fetch ahead of that.
-        self.loader.sampler.start_at(place["epoch"], place["batches"] * self.loader.batch_size)  # type: ignore[attr-defined]
+        order: Any = self.loader.sampler
+        if self.loader.batch_size is None:  # batches of a sampler's own
+            order = self.loader.batch_sampler
+        order.start_at(place["epoch"], place["batches"] * (self.loader.batch_size or 1))
         if place["batches"]:
             for name, part in pl_module.named_modules():
                 part.training = checkpoint["training"][name]

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contralto.data.images import decode_image
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
-from contralto.files import naming, save_weights, write_atomically, write_json
+from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.views.image import EvalView
 
-__all__ = ["UNKNOWN", "Predictions", "WebClassifier", "load"]
+__all__ = ["UNKNOWN", "Predictions", "WebClassifier", "as_tensor", "load"]
 
 Pictures = Sequence[Any]
 UNKNOWN = "unknown"
@@ -152,11 +151,12 @@ class WebClassifier(nn.Module):
     def _batches(self, pictures: Pictures, batch_size: int) -> Iterator[Tensor]:
         device = self.classifier.weight.device
         for start in range(0, len(pictures), batch_size):
-            pixels = [self.view(_as_tensor(p)) for p in pictures[start : start + batch_size]]
+            pixels = [self.view(as_tensor(p)) for p in pictures[start : start + batch_size]]
             yield torch.stack(pixels).to(device)
 
 
-def _as_tensor(picture: Any) -> Tensor:
+def as_tensor(picture: Any) -> Tensor:
+    """A picture in any form (path, encoded bytes, uint8 array (H, W, 3), PIL image) as uint8 (3, H, W)."""
     if isinstance(picture, (str, Path)):
         try:
             picture = decode_image(Path(picture).read_bytes())
@@ -201,8 +201,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _check_config(config)
         model = WebClassifier(config)
-    with naming(folder / "model.safetensors"):
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+    load_weights(model, folder / "model.safetensors")
     return model.eval().to(device)
 
 

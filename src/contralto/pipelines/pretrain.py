@@ -1,0 +1,329 @@
+"""Pretraining of an encoder from unlabelled pictures, by any system of `systems.selfsup`: ingest -> train -> encoder -> report.
+
+The run folder holds `manifest/`, `pictures.npy` (decoded once, where that is small enough), `training/`, `encoder/` (a name for
+`image_encoder`, and so for every other command) and `metrics.json`.
+"""
+
+import hashlib
+import inspect
+import json
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from contralto.data.canvas import CanvasDataset, as_it_is
+from contralto.data.dataset import EpochSampler
+from contralto.data.ingest import ingest
+from contralto.data.manifest import Manifest
+from contralto.encoders.image import ImageEncoder, image_encoder, save_encoder
+from contralto.errors import DataError, UsageError
+from contralto.files import naming, write_json
+from contralto.pipelines.embedding import report_encoder
+from contralto.pipelines.outputs import claim_run
+from contralto.systems.registry import get_system
+from contralto.systems.selfsup.base import SelfSupervised
+from contralto.training.fit import fit_stage
+from contralto.training.probes import OnlineKNN, OnlineProbe
+
+__all__ = ["Pretraining"]
+
+FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "stage")
+"""Arguments of a system that the job knows from encoder, data and progress."""
+
+
+@dataclass
+class Pretraining:
+    """The job behind ``contralto fit`` for one self-supervised system; its methods can be called one by one.
+
+    Parameters
+    ----------
+    name : str
+        Of the system.
+    """
+
+    name: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def system(self) -> type[SelfSupervised]:
+        """The class of the system."""
+        found: type[SelfSupervised] = get_system(self.name)
+        return found
+
+    multilabel = False
+
+    def fit(
+        self,
+        data: str,
+        out: str | Path,
+        *,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        id_column: str | None = None,
+        split_column: str | None = None,
+        group_column: str | None = None,
+        allow_outside: bool = False,
+        min_side: int = 8,
+        image_encoder: str = "resnet18-small",
+        pretrained: bool = False,
+        image_size: int | None = None,
+        canvas: int | None = None,
+        cache_gib: float = 4.0,
+        probe: bool = True,
+        workers: int = 2,
+        accelerator: str = "auto",
+        devices: int = 1,
+        precision: str = "32-true",
+        strategy: str = "auto",
+        seed: int = 0,
+        checkpoint_every: int = 1000,
+        on: str | None = None,
+        progress: bool = True,
+        **system: Any,
+    ) -> Path:
+        """Pretrain an encoder on pictures; labels, where there are any, only serve to show how it goes.
+
+        Parameters
+        ----------
+        data : str
+            Path or fsspec address of the pictures, in any form of `contralto.data.sources`.
+        out : path
+            Run folder. Called again with the same arguments, the job continues where it stopped.
+        image_column, label_column, id_column, split_column, group_column : str, optional
+            Columns, where their names are not common ones.
+        allow_outside : bool
+            Let tables name files outside their folder.
+        min_side : int
+            Smallest side in pixels.
+        image_encoder : str
+            Name of the encoder; `pretrained` begins with its weights.
+        image_size : int, optional
+            Side of a large view in pixels; default: the encoder's own.
+        canvas : int, optional
+            Pictures are kept no larger than this side; default: 1.5 times `image_size`, so that crops are not enlarged much.
+        cache_gib : float
+            Decode all pictures once into a file if that takes no more than this.
+        probe : bool
+            Where there are labels: train a linear classifier beside, on features that take no gradient from it, and log its
+            accuracy and that of nearest neighbours.
+        workers, accelerator, devices, precision, strategy
+            Of loaders and Lightning's Trainer; `devices` must be 1 yet.
+        seed : int
+            Of everything that is drawn.
+        checkpoint_every : int
+            Steps between checkpoints; it may change when a run goes on.
+        on : str, optional
+            "ray" or "ray://host:port": read the pictures on a cluster.
+        progress : bool
+            Show what is going on.
+        **system
+            Arguments of the system.
+
+        Returns
+        -------
+        Path
+            The run folder.
+
+        Raises
+        ------
+        UsageError
+            If arguments do not fit, or the folder belongs to another job.
+        DataError
+            If the data cannot be used.
+        """
+        given = {k: v for k, v in locals().items() if k not in ("self", "data", "out", "system", "progress")} | system
+        self.begin(str(data), Path(out), given, progress)
+        self.ingest()
+        self.module = self.learn()
+        self.finish()
+        return self.out
+
+    # The steps.
+
+    def begin(self, data: str, out: Path, arguments: dict[str, Any], progress: bool) -> None:
+        """Complete the arguments and claim the run folder."""
+        known = self.parameters()
+        unknown = sorted(set(arguments) - set(known))
+        if unknown:
+            raise UsageError(f"{self.name} has no argument {unknown[0]!r}")
+        defaults = {k: p.default for k, p in known.items() if p.default is not p.empty}
+        self.data, self.out, self.progress = data, out, progress
+        self.arguments = defaults | arguments
+        if self.arguments["devices"] != 1:
+            raise UsageError("this job trains on one device; the system runs on several under a Trainer of your own")
+        self.console = Console(stderr=True, quiet=not progress)
+        told = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())}
+        claim_run(out, self.name, data, told)
+        if (out / "seconds.json").exists():
+            with naming(out / "seconds.json"):
+                self.seconds = dict(json.loads((out / "seconds.json").read_text(encoding="utf-8")))
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """All arguments of system and job by name; those of the job win."""
+        every = dict(inspect.signature(self.system.__init__).parameters) | dict(inspect.signature(self.fit).parameters)
+        return {
+            k: p for k, p in every.items() if k not in (*FACTS, "self", "encoder", "data", "out", "progress", "system")
+        }
+
+    def ingest(self) -> None:
+        """Read the pictures into the manifest of the run, once; take those that are to be learnt from."""
+        a = self.arguments
+        self.manifest = self._read(self.data, self.out / "manifest")
+        splits = self.manifest.column("split")
+        self.rows = np.flatnonzero(splits == "train") if "train" in splits else np.arange(len(self.manifest))
+        self.labels = self.manifest.labels.astype(np.int64)[self.rows]
+        if "label" in self.system.needs and (self.labels < 0).any():
+            raise DataError(
+                f"{self.name} learns from labels, and {int((self.labels < 0).sum())} pictures have none; name their column "
+                f"with --label_column",
+                file=self.data,
+            )
+        if len(self.rows) < 2:
+            raise DataError(f"{self.name} compares pictures with each other: at least two are needed", file=self.data)
+        self.console.print(
+            f"  {len(self.rows)} pictures to learn from, {self.manifest.skipped.num_rows} skipped, "
+            f"{len(np.unique(self.labels[self.labels >= 0]))} classes",
+            soft_wrap=True,
+        )
+        told = {k: v for k, v in a.items() if k not in ("checkpoint_every", "on", "workers", "cache_gib", "probe")}
+        self.fingerprint = hashlib.sha256(
+            json.dumps([self.manifest.fingerprint(), told], sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
+
+    def _read(self, data: str, folder: Path, *, columns: bool = True) -> Manifest:
+        """The manifest of some pictures, made once; with the columns that were named, or those of usual names."""
+        a = self.arguments
+        if not (folder / "manifest.parquet").exists():
+            self.console.print(f"[bold]ingest[/bold]  reading {data}", highlight=False, soft_wrap=True)
+            with self.console.status("reading") as status:
+                manifest = ingest(
+                    data,
+                    **{k: a[k] for k in a if k.endswith("_column") and columns},
+                    min_side=a["min_side"],
+                    blank_share=None,
+                    unlabelled=True,
+                    workers=a["workers"],
+                    allow_outside=a["allow_outside"],
+                    on=a["on"],
+                    progress=lambda n: status.update(f"{n} pictures read"),
+                )
+            part = folder.with_name(f".{folder.name}.part")
+            manifest.save(part)
+            part.rename(folder)
+        return Manifest.load(folder)
+
+    def encoder(self, seed: int | None = None) -> ImageEncoder:
+        """The encoder as it is before the training; drawn by the seed if it has no weights."""
+        a = self.arguments
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(a["seed"] if seed is None else seed)
+            return image_encoder(a["image_encoder"], pretrained=a["pretrained"], size=a["image_size"])
+
+    def learn(self) -> SelfSupervised:
+        """The system, trained."""
+        module = self.build()
+        self.train(module, self.out / "training")
+        return module
+
+    def build(self, **more: Any) -> SelfSupervised:
+        """The system, for these pictures; `more` goes before the arguments."""
+        encoder = self.encoder(more.get("seed"))
+        batch = min(self.arguments["batch_size"], len(self.rows))
+        facts = {
+            "num_features": encoder.num_features,
+            "num_samples": len(self.labels),
+            "steps_per_epoch": len(self.rows) // batch,
+            "num_classes": len(self.manifest.classes),
+        } | {k: v for k, v in more.items() if k in FACTS}
+        names = inspect.signature(self.system.__init__).parameters
+        self.built = {k: v for k, v in facts.items() if k in names}
+        given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
+        return self.system(encoder, **self.built, **given)
+
+    def loader(self, module: SelfSupervised) -> DataLoader[Any]:
+        """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
+        dataset = self.dataset(module.encoder.size)  # type: ignore[arg-type]
+        return DataLoader(
+            dataset,
+            num_workers=0 if dataset.cache is not None else self.arguments["workers"],
+            collate_fn=as_it_is,
+            **self.order(module),
+        )
+
+    def order(self, module: SelfSupervised) -> dict[str, Any]:
+        """How batches are drawn, as arguments of a `DataLoader`."""
+        sampler = EpochSampler(len(self.labels), seed=self.arguments["seed"])
+        return {"batch_size": min(self.arguments["batch_size"], len(sampler)), "sampler": sampler, "drop_last": True}
+
+    def dataset(self, size: int) -> CanvasDataset:
+        """The pictures, decoded once where they fit."""
+        a = self.arguments
+        side = a["canvas"] or round(1.5 * size)
+        cached = len(self.labels) * 3 * side**2 <= a["cache_gib"] * 2**30
+        return CanvasDataset(
+            lambda row: self.source(row)[0].read_bytes(self.source(row)[1]),
+            {"label": torch.from_numpy(self.labels)},
+            side=side,
+            cache=self.out / "pictures.npy" if cached else None,
+            name=lambda row: str(self.source(row)[0].column("id")[self.source(row)[1]]),
+            progress=self.progress,
+        )
+
+    def source(self, row: int) -> tuple[Manifest, int]:
+        """Where a picture that is learnt from stands: a manifest, and the row in it."""
+        return self.manifest, int(self.rows[row])
+
+    def train(self, module: SelfSupervised, folder: Path) -> None:
+        """Train, or load or continue what the folder holds."""
+        a = self.arguments
+        done = (folder / "done.json").exists()
+        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{module.epochs} epochs'}")
+        started = time.perf_counter()
+        classes = len(self.manifest.classes)
+        callbacks = [OnlineProbe(module.num_features, classes), OnlineKNN()] if a["probe"] and classes > 1 else []
+        fit_stage(
+            module,
+            None if done else self.loader(module),
+            folder,
+            epochs=module.epochs,
+            fingerprint=self.fingerprint,
+            checkpoint_every=a["checkpoint_every"],
+            progress=self.progress,
+            trainer={k: a[k] for k in ("accelerator", "devices", "precision", "strategy")},
+            callbacks=callbacks,
+        )
+        if not done:
+            self.seconds[folder.name] = round(time.perf_counter() - started, 2)
+            write_json(self.out / "seconds.json", self.seconds)
+
+    def finish(self) -> None:
+        """Keep what is needed to embed pictures, the encoder by itself, and what the training said."""
+        encoder = self.whole()
+        write_json(
+            self.out / "built.json", self.built | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std}
+        )
+        save_encoder(encoder, self.out / "encoder")
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}
+        write_json(self.out / "metrics.json", told | self.last_metrics())
+        report_encoder(self.out)
+
+    def whole(self) -> ImageEncoder:
+        """The encoder that is kept by itself."""
+        assert isinstance(self.module.encoder, ImageEncoder)
+        return self.module.encoder
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The last line of the log of the training."""
+        path = self.out / "training" / "metrics.jsonl"
+        if not path.exists():
+            return {}
+        with naming(path):
+            return dict(json.loads(path.read_text(encoding="utf-8").splitlines()[-1]))

@@ -1,0 +1,45 @@
+"""Learnt prototypes: a linear layer without bias, whose rows are centres."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["PrototypeLayer"]
+
+
+class PrototypeLayer(nn.Module):
+    """Similarities to K learnt prototypes (SwAV, arXiv 2006.09882).
+
+    Call `normalize` before every forward pass, so that the scores of unit rows are cosines; between, an optimiser may let the
+    lengths drift. To freeze the prototypes, drop their gradient after the backward pass (`freeze`): with none at all, neither
+    momentum nor weight decay moves them, and all processes still agree on which parameters take part.
+
+    Parameters
+    ----------
+    dim, count : int
+        D and K.
+
+    Examples
+    --------
+    >>> layer = PrototypeLayer(4, 10)
+    >>> layer.normalize()
+    >>> layer(F.normalize(torch.randn(3, 4), dim=1)).abs().amax() <= 1.000001
+    tensor(True)
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach().clone())
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Scale the prototypes to length one, in place."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def freeze(self) -> None:
+        """Drop the gradient."""
+        self.weight.grad = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Embeddings (..., D) to scores (..., K)."""
+        return z @ self.weight.T

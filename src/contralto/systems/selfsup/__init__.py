@@ -1,0 +1,1 @@
+"""Encoders from unlabelled pictures: one base, the systems on it, and the baselines that their claims need."""
