@@ -81,9 +81,12 @@ def test_models_of_one_mode_are_the_same_whatever_is_read_from_them():
     assert mu.embed(x).shape == (4, 8)
 
 
-def test_an_arm_gives_the_same_again():
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_arm_gives_the_same_again(tmp_path, kept):
     budget = {"steps": 3, "batch_size": 16}
     arm = {"mode": "vae", "dim": 4, "use": "mean"}
-    one, two = (cmim.run(arm, seed=100, data="digits", budget=budget) for _ in range(2))
+    work = tmp_path if kept else None
+    one, two = (cmim.run(arm, seed=100, data="digits", budget=budget, work=work) for _ in range(2))
+    assert len(list(tmp_path.iterdir())) == kept
     assert one["nll"] == two["nll"]
     assert np.array_equal(one["few_shot"], two["few_shot"])
