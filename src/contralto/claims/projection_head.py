@@ -50,9 +50,7 @@ def pair_views(left: Tensor, right: Tensor, generator: torch.Generator, blank: f
     torch.Size([5, 128])
     """
     there = torch.rand(len(left), 1, generator=generator) >= blank
-    moved = [
-        digit_views(x, generator, degrees=0.0, scale=0.0, noise=0.0, contrast=(0.7, 1.3)) for x in (left, right)
-    ]
+    moved = [digit_views(x, generator, degrees=0.0, scale=0.0, noise=0.0, contrast=(0.7, 1.3)) for x in (left, right)]
     clean = pairs(moved[0] * there, moved[1])
     return clean + 0.1 * torch.randn(clean.shape, generator=generator)
 
@@ -102,10 +100,10 @@ def run(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128))
-    head = {"hidden": 128, "dim": 64} if arm["head"] == "mlp" else {}
     system = ProjectionHead(
-        encoder, num_features=128, seed=seed, epochs=int(arm.get("steps", budget["steps"])), head=arm["head"], **head
-    )
+        encoder, num_features=128, seed=seed, epochs=int(arm.get("steps", budget["steps"])), head=arm["head"], hidden=128,
+        dim=64 if arm["head"] == "mlp" else None,
+    )  # fmt: skip
     pretrain(system, make, device=device)
     if progress is not None:
         progress(0.9)
