@@ -192,40 +192,35 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, told: Callable[[Task, float],
             while waiting and len(busy) < jobs:
                 if not idle:
                     here, there = context.Pipe()
-                    process = context.Process(target=_serve, args=(there,))
+                    processes[here] = context.Process(target=_serve, args=(there,))
                     with _one_thread():
-                        process.start()
+                        processes[here].start()
                     there.close()
-                    processes[here] = process
                     idle.append(here)
                 connection, task = idle.pop(), waiting.popleft()
-                connection.send(task)
                 busy[connection] = task
+                connection.send(task)
             for ready in wait(list(busy)):
                 connection = cast("Connection", ready)
                 task = busy[connection]
                 try:
                     kind, what = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    process = processes.pop(connection)
-                    process.join()
-                    kind, what = "failed", f"its process ended with code {process.exitcode}"
-                else:
-                    if kind != "share":
-                        idle.append(connection)
-                if kind == "share":
-                    told(task, what)
-                    continue
-                del busy[connection]
+                    ended = processes.pop(connection)
+                    ended.join()
+                    kind, what = "failed", f"its process ended with code {ended.exitcode}"
+                if kind != "share":
+                    del busy[connection]
+                    idle += [connection] if connection in processes else []
                 if kind == "failed":
                     failures.append(Failure(task, what))
-                told(task, 1.0)
+                told(task, what if kind == "share" else 1.0)
         for connection in idle:
             connection.send(None)
     finally:
+        for process in processes.values() if busy or waiting else ():
+            process.terminate()
         for process in processes.values():
-            if busy or waiting:
-                process.terminate()
             process.join(10)
             if process.is_alive():
                 process.kill()

@@ -7,8 +7,8 @@ rotations, scalings, shifts and noise, encoder 64-256-128 with batch norm, head 
 1e-3: the card's recipe. Arms: CACR at two inverse temperatures; with uniform weights for both sides or either, and with weights
 that carry no gradient; NT-Xent and decoupled contrast over the three pairs of views. All see the same views.
 
-What decides is 10 nearest neighbours with all training labels, CACR (tau_neg 0.9, the default) against uniform weights, by at least
-a point. A class-balanced logistic probe (mean recall), and CACR against the other losses, are reported.
+What decides is 10 nearest neighbours with all training labels: CACR (tau_neg 0.9, the default) against uniform weights, by at
+least a point. A class-balanced logistic probe (mean recall), and CACR against the other losses, are reported.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,6 +41,11 @@ class PairsOfViews(SelfSupervised):
         See `SelfSupervised`.
     loss : {"nt_xent", "dcl"}
     temperature : float
+
+    Attributes
+    ----------
+    projector : nn.Module
+        To be set.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class PairsOfViews(SelfSupervised):
         **arguments: Any,
     ) -> None:
         super().__init__(encoder, **arguments)
-        self.pairwise, self.temperature = {"nt_xent": nt_xent, "dcl": dcl}[loss], temperature
+        self.pairwise: Callable[..., Tensor] = {"nt_xent": nt_xent, "dcl": dcl}[loss]
+        self.temperature = temperature
+        self.projector: nn.Module = nn.Identity()
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch of views."""

@@ -120,12 +120,13 @@ class Stages(Pretraining):
 
     def tell(self, report: dict[str, float]) -> None:
         """Say what the next stage draws from, and what to do if that is little."""
-        self.console.print(
+        told = (
             f"  {report['codes']:.0f} codes, {report['full_codes']:.0f} with a full batch, {report['covered']:.0%} of the "
-            f"pictures in those; cosine {report['cosine_within']:.2f} within a batch, {report['cosine']:.2f} over all",
-            highlight=False,
-            soft_wrap=True,
+            f"pictures in those; cosine {report['cosine']:.2f} over all"
         )
+        if "cosine_within" in report:
+            told += f", {report['cosine_within']:.2f} within a batch"
+        self.console.print(told, highlight=False, soft_wrap=True)
         if report["covered"] < 0.5 and self.arguments["smallest"] is None:
             self.console.print(
                 "  most pictures are in no full batch: a smaller --batch_size or fewer --clusters use more of them, and "

@@ -20,7 +20,7 @@ def change_colours(x: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor (N, 3, H, W)
+    x : Tensor (N, 3, H, W), or (N, 1, H, W) where all is grey
     factors : Tensor (N, 4)
         Of brightness, contrast and saturation (1 changes nothing), and the shift of hue in turns of the colour circle.
     order : sequence of int
@@ -28,7 +28,7 @@ def change_colours(x: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
 
     Returns
     -------
-    Tensor (N, 3, H, W)
+    Tensor
         `x` itself.
 
     Examples
@@ -39,11 +39,14 @@ def change_colours(x: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
     """
     for step in order:
         factor = factors[:, step].view(-1, 1, 1, 1)
+        if step >= 2 and x.shape[1] == 1:
+            continue  # grey has neither saturation nor hue
         if step == 0:
             x.mul_(factor)
         elif step == 1:
-            mean = x.mean((2, 3)) @ x.new_tensor(GREY)  # of the grey picture, without making it
-            x.mul_(factor).add_((1 - factor) * mean.view(-1, 1, 1, 1))
+            mean = x.mean((2, 3), keepdim=True)
+            shift = rgb_to_grey(mean)  # the mean of the grey picture, without making it
+            x.mul_(factor).add_(shift.mul_(1 - factor))
         elif step == 2:
             grey = rgb_to_grey(x).mul_(1 - factor)
             x.mul_(factor).add_(grey)
@@ -55,40 +58,41 @@ def change_colours(x: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def rgb_to_grey(x: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, 1, H, W) with the weights of ITU-R 601."""
+    """(N, 3, H, W) -> (N, 1, H, W) with the weights of ITU-R 601; (N, 1, H, W) is grey already, and copied."""
+    if x.shape[1] == 1:
+        return x.clone()
     grey = x[:, :1] * GREY[0]
     grey.add_(x[:, 1:2], alpha=GREY[1])
     return grey.add_(x[:, 2:], alpha=GREY[2])
 
 
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue of HSV by `turns` (N,) of the colour circle, in few passes and without a division.
+    """Shift the hue of HSV by `turns` (N,) of the colour circle, in few passes, without a division or a choice.
 
-    A channel falls from the largest value to the least by its distance on the circle. Everything is multiplied by the chroma,
-    so that nothing is divided: `place` is 6 hue * chroma, in [-1, 5] chroma.
+    A channel falls from the largest value to the least by its distance on the circle, which is six times the chroma around.
+    From red, the distance is the sum of the other two above the least, plus what red lacks of the largest; green being more
+    than blue says on which side.
 
     Examples
     --------
     >>> adjust_hue(torch.tensor([255.0, 0, 0]).view(1, 3, 1, 1), torch.tensor([0.5])).flatten().tolist()
     [0.0, 255.0, 255.0]
     """
-    r, g, b = x.unbind(1)
-    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     chroma = high - low
-    place = torch.where(
-        high == r, g - b, torch.where(high == g, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
-    )
+    r, g, b = x.split(1, 1)
+    side = g - b
+    place = (g + b).sub_(r).add_(chroma).sub_(low)
+    torch.copysign(place, side, out=place)
     top, chroma3 = high + chroma, chroma * 3
-    distance = torch.empty_like(high)
-    for channel, number in ((r, 3), (g, 1), (b, -1)):
-        # From the middle of the channel's low part, in [-6, 6); its peak is 3 away, on either side.
-        middle = torch.remainder(turns * 6 + (number + 5), 6) - 5
-        torch.mul(chroma, middle.view(-1, 1, 1), out=distance)
-        distance.add_(place).abs_().sub_(chroma3).abs_()
-        torch.sub(top, distance, out=distance)
-        torch.maximum(distance, low, out=distance)
-        torch.minimum(distance, high, out=channel)
-    return x
+    # Where the middle of the low part of red, green and blue comes to lie, in [-3, 3); the peak is 3 away, on either side.
+    shift = 6 - 2 * torch.arange(3, device=x.device)
+    middle = torch.remainder(turns[:, None] * 6 + shift, 6) - 3
+    torch.mul(chroma, middle[:, :, None, None], out=x)
+    x.add_(place).abs_().sub_(chroma3).abs_()
+    torch.sub(top, x, out=x)
+    torch.maximum(x, low, out=x)
+    return torch.minimum(x, high, out=x)
 
 
 def solarize(x: Tensor, threshold: float = 128.0) -> Tensor:

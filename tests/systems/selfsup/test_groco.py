@@ -10,7 +10,7 @@ from contralto.systems.selfsup.groco import GroCo, learning_rate
 
 
 def tiny(**options):
-    return GroCo(nn.Linear(6, 8), num_features=8, hidden=7, dim=5, **({"hardest": 3} | options))
+    return GroCo(nn.Linear(6, 8), num_features=8, **({"hidden": 7, "dim": 5, "hardest": 3} | options))
 
 
 def batch(n=8, views=2, seed=0):

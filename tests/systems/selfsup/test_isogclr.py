@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from contralto.errors import UsageError
-from contralto.losses.global_contrast import ItemState, TemperatureRule, bimodal_global_contrast, global_contrast
+from contralto.losses.global_contrast import (
+    ItemState,
+    TemperatureRule,
+    bimodal_global_contrast,
+    global_contrast,
+    queue_global_contrast,
+)
 from contralto.systems.selfsup.isogclr import BimodalGlobalContrast, ISogCLR
 
 from tests.systems.selfsup import steps
@@ -52,6 +58,27 @@ def test_two_epochs_keep_means_over_batches():
         assert torch.isfinite(alone)
         system.step(batch)
         torch.testing.assert_close(system.items.log_mean[index], after.log_mean)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_with_a_queue(mixed):
+    """Cosines are in single precision also where the network is not."""
+    system = ISogCLR(
+        steps.encoder(), num_features=10, num_samples=steps.SAMPLES, hidden=7, dim=5, queue_size=16, decay=0.9
+    )
+    batch = steps.batch(1)
+    batch["views"] = [v.float() for v in batch["views"]]
+    past = system.queue.read()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        query = system.projector(system.encoder(batch["views"][0])).float()
+        found = system.step(batch)
+        key = system.key_network(batch["views"][1]).float()
+    query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+    cosine = torch.cat([(query * key).sum(1, keepdim=True), query @ past.T], 1)
+    expected, after = queue_global_contrast(cosine, ItemState.start(8, 0.1))
+    torch.testing.assert_close(found["loss"], expected)
+    torch.testing.assert_close(system.items.temperature[batch["index"]], after.temperature)
+    torch.testing.assert_close(system.queue.keys[:8], key)
 
 
 def test_sogclr_leaves_temperatures_alone():

@@ -328,8 +328,8 @@ def pool_report(codes: npt.ArrayLike, batch_size: int, embeddings: npt.ArrayLike
     -------
     dict
         `codes`: how many there are; `full_codes`: with at least one batch; `covered`: share of the samples in full batches of
-        one pass; and of the embeddings, `cosine_within`: expected mean over two samples of a batch, which should be high;
-        `cosine`: over any two samples.
+        one pass; and of the embeddings, `cosine`: mean over any two samples; `cosine_within`: over two of a full batch, if there
+        is one, which should be higher.
 
     Examples
     --------
@@ -350,7 +350,8 @@ def pool_report(codes: npt.ArrayLike, batch_size: int, embeddings: npt.ArrayLike
         np.add.at(sums, kind, unit)
         within = ((sums**2).sum(1) - size) / np.maximum(size * (size - 1), 1)  # over ordered pairs of two samples
         some = (batches > 0) & (size > 1)
-        report["cosine_within"] = float(np.average(within[some], weights=batches[some])) if some.any() else float("nan")
+        if some.any():
+            report["cosine_within"] = float(np.average(within[some], weights=batches[some]))
         n = len(unit)
         report["cosine"] = float(((unit.sum(0) ** 2).sum() - n) / max(n * (n - 1), 1))
     return report

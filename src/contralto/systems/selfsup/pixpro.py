@@ -222,7 +222,7 @@ class PixPro(SelfSupervised):
             there, back = (_among_all(y, x, self.instance_temperature) for y, x in pairs)
             return (there + back) / 2
         pairs = ((self.predictor(y0).mean((2, 3)), x1), (self.predictor(y1).mean((2, 3)), x0))
-        there, back = (F.cosine_similarity(y.float(), x.float(), dim=1).mean() for y, x in pairs)
+        there, back = (F.cosine_similarity(_wide(y), _wide(x), dim=1).mean() for y, x in pairs)
         return -self.scale * (there + back)
 
 
@@ -237,6 +237,11 @@ def _maps(encoder: nn.Module, x: Tensor, channels: int) -> list[Tensor]:
                 f"take a convolutional one with a method forward_map, such as those of contralto.encoders.image"
             )
     return maps
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
