@@ -18,7 +18,10 @@ def quiet(share):
 @pytest.fixture(scope="module")
 def measured():
     names = ("gate, distinct", "open, distinct", "untrained")
-    return {n: hydra.run(dict(CLAIM.arms[n]), seed=100, data="digits", budget=BUDGET, device="cpu", progress=quiet) for n in names}
+    return {
+        n: hydra.run(dict(CLAIM.arms[n]), seed=100, data="digits", budget=BUDGET, device="cpu", progress=quiet)
+        for n in names
+    }
 
 
 @pytest.mark.parametrize("arm", CLAIM.arms)
@@ -50,7 +53,9 @@ def test_the_same_seed_gives_the_same_numbers(measured):
 
 def test_only_known_classes_are_learnt(monkeypatch):
     seen = []
-    monkeypatch.setattr(hydra.Hydra, "step", lambda self, batch, step=hydra.Hydra.step: seen.append(batch["label"]) or step(self, batch))
+    monkeypatch.setattr(
+        hydra.Hydra, "step", lambda self, batch, step=hydra.Hydra.step: seen.append(batch["label"]) or step(self, batch)
+    )
     hydra.run({}, seed=100, data="digits", budget=BUDGET, device="cpu", progress=quiet)
     assert len(seen) == 2
     assert max(int(labels.max()) for labels in seen) < 6

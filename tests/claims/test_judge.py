@@ -105,7 +105,9 @@ def comparisons(*listed):
 
 
 def test_all_is_told_of_arms_and_comparisons(fake):
-    listed = comparisons({}, {"macro": True}, {"part": "rare", "macro": True}, {"metric": "score"}, {"direction": "lower"})
+    listed = comparisons(
+        {}, {"macro": True}, {"part": "rare", "macro": True}, {"metric": "score"}, {"direction": "lower"}
+    )
     claim = load_claim(fake.write(comparisons=listed))
     labels = np.arange(60) % 3
     result = judge(claim, found(labels > 0, labels > 1, rare=labels > 0), SEEDS)

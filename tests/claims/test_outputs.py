@@ -34,7 +34,12 @@ def test_a_kept_result_is_that_of_its_claim_and_its_verdicts_follow_the_rule(nam
         assert {a: v["settings"] for a, v in found["arms"].items()} == json.loads(json.dumps(claim.arms))
         bare = []
         for c, wanted in zip(found["comparisons"], claim.comparisons, strict=True):
-            assert (c["metric"], c["macro"], c["part"], c["gate"]) == (wanted.metric, wanted.macro, wanted.part, wanted.gate)
+            assert (c["metric"], c["macro"], c["part"], c["gate"]) == (
+                wanted.metric,
+                wanted.macro,
+                wanted.part,
+                wanted.gate,
+            )
             assert c["value"] == pytest.approx(np.mean(c["seeds"]), abs=1e-9)
             effect = Interval(*(np.nan if c[k] is None else c[k] for k in ("value", "low", "high")))
             if c["baseline"]:
@@ -54,7 +59,9 @@ def test_differences_are_those_of_the_arms(name):
     for found in KEPT[name]["data"].values():
         for c in found["comparisons"]:
             if c["method"] in found["arms"] and c["baseline"] in found["arms"]:
-                key = ", ".join([c["metric"], *(["mean over classes"] * c["macro"]), *([c["part"]] if c["part"] else [])])
+                key = ", ".join(
+                    [c["metric"], *(["mean over classes"] * c["macro"]), *([c["part"]] if c["part"] else [])]
+                )
                 means = [found["arms"][c[side]]["metrics"][key]["mean"] for side in ("method", "baseline")]
                 sign = -1 if c["direction"] == "lower" else 1
                 assert c["value"] == pytest.approx(sign * (means[0] - means[1]), abs=1e-9)
@@ -74,8 +81,14 @@ def test_the_page_tells_all_kinds_of_claims():
         "data": {"d": {"verdict": "inconclusive (on 2 seeds)", "arms": arms, "comparisons": [both, bound]}},
     }  # fmt: skip
     told = page({"s": result})
-    assert "| [s](#s) | a \\| b | d | a against b: right | +10.0 | +5.0, +20.0 | 2 | reproduced (on 2 seeds) | `contralto" in told
-    assert "| d | a against b | right | 50.0 ± 10.0 | 50.0 ± 10.0 | +10.0 [+5.0, +20.0] | reproduced (on 2 seeds) |" in told
+    assert (
+        "| [s](#s) | a \\| b | d | a against b: right | +10.0 | +5.0, +20.0 | 2 | reproduced (on 2 seeds) | `contralto"
+        in told
+    )
+    assert (
+        "| d | a against b | right | 50.0 ± 10.0 | 50.0 ± 10.0 | +10.0 [+5.0, +20.0] | reproduced (on 2 seeds) |"
+        in told
+    )
     assert "| d | a above 3 | x | 0.5 |  | 4 [-, -] | inconclusive (on 2 seeds) |" in told
     assert "Left out: far: nothing." in told
     assert "d: **inconclusive (on 2 seeds)**" in told

@@ -40,7 +40,11 @@ def test_the_result_is_written_with_all_that_led_to_it(fake):
     kept = json.loads((fake.folder / "out" / "fake.json").read_text())
     assert kept == json.loads(json.dumps(result))
     assert (fake.folder / "out" / "fake.png").stat().st_size > 5000
-    assert (kept["command"], kept["seeds"], kept["budget"]) == ("contralto reproduce fake.yaml", [0, 1, 2, 3, 4], {"steps": 30})
+    assert (kept["command"], kept["seeds"], kept["budget"]) == (
+        "contralto reproduce fake.yaml",
+        [0, 1, 2, 3, 4],
+        {"steps": 30},
+    )
     assert kept["environment"]["device"] == "cpu"
     assert "torch" in kept["environment"]["packages"]
     assert kept["rule"]["version"] == 1
@@ -155,7 +159,9 @@ def test_an_arm_that_fails_is_named_and_the_others_are_kept(fake, monkeypatch, t
 def test_a_metric_that_no_arm_measures_ends_the_run_at_once(fake):
     listed = [{"method": "good", "baseline": "bad", "metric": "knn"}]
     fake.write(comparisons=listed)
-    with pytest.raises(DataError, match=r"fake\.yaml: comparisons\[0\]\.metric: 'knn' is not among the measurements of arm 'good'"):
+    with pytest.raises(
+        DataError, match=r"fake\.yaml: comparisons\[0\]\.metric: 'knn' is not among the measurements of arm 'good'"
+    ):
         run(fake, jobs=1)
     assert fake.ran() == [(0.8, 0)]
     fake.write()
@@ -201,7 +207,9 @@ def test_every_seed_may_have_other_test_samples(fake):
 
 
 def test_values_are_tried_alike_in_all_arms_on_seeds_that_are_not_reported(fake):
-    found = tune(fake.path, "p", [0.2, 0.9], "right", data="blobs", seeds=[100, 101], work=fake.folder / "w", progress=False)
+    found = tune(
+        fake.path, "p", [0.2, 0.9], "right", data="blobs", seeds=[100, 101], work=fake.folder / "w", progress=False
+    )
     assert fake.ran() == sorted((p, seed) for p in (0.2, 0.9) for seed in (100, 101) for _ in range(2))
     assert found["good"] == found["bad"]
     assert found["good"][0.9] > found["good"][0.2]

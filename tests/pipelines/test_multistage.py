@@ -234,7 +234,9 @@ class TestDual:
         arguments, pairs, one = DUAL | {"pretrained": False, "epochs": 6, "lr": 1e-2}, Pairs(), torch.eye(4)
         found = fit_dual_stages(Dual(), pairs, tmp_path, **arguments)
         again = fit_dual_stages(Dual(), pairs, tmp_path, **arguments)
-        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), again.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(found.state_dict().values(), again.state_dict().values(), strict=True)
+        )
         matrices = [e.image[0].weight for e in found.encoders]
         assert not torch.equal(matrices[0], matrices[1])
         assert not torch.equal(matrices[1], matrices[2])

@@ -70,12 +70,18 @@ def run(
     """
     split = digits(seed, test=TEST)
     system = build(arm, seed, int(arm.get("steps", budget["steps"])), int(arm.get("batch_size", budget["batch_size"])))
-    kept = None if work is None else work / f"{system.mode}-{system.dim}-{system.batch_size}-{system.epochs}-{seed}.safetensors"
+    kept = (
+        None
+        if work is None
+        else work / f"{system.mode}-{system.dim}-{system.batch_size}-{system.epochs}-{seed}.safetensors"
+    )
     if kept is not None and kept.exists():
         load_weights(system, kept)
         system.eval().to(device)
     else:
-        pretrain(system, batches(split, seed=seed, batch_size=system.batch_size, view=_as_it_is, views=1), device=device)
+        pretrain(
+            system, batches(split, seed=seed, batch_size=system.batch_size, view=_as_it_is, views=1), device=device
+        )
         if kept is not None:
             save_weights(system, kept)
     if progress is not None:

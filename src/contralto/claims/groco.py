@@ -86,7 +86,14 @@ class Learner(SelfSupervised):
     LOSSES = LOSSES
 
     def __init__(
-        self, encoder: nn.Module, *, num_features: int, seed: int = 0, epochs: int = 1, loss: str = "groco", **options: Any
+        self,
+        encoder: nn.Module,
+        *,
+        num_features: int,
+        seed: int = 0,
+        epochs: int = 1,
+        loss: str = "groco",
+        **options: Any,
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, seed=seed, epochs=epochs, optimizer="adam", lr=1e-3, weight_decay=0.0

@@ -11,7 +11,16 @@ from contralto.claims.plan import ENOUGH_SEEDS, Claim, Comparison
 from contralto.errors import ContraltoError, UsageError
 from contralto.evaluation.classification import Interval, paired_interval
 
-__all__ = ["FEWEST_SEEDS", "RULE", "check_measured", "judge", "mean_of", "seeds_interval", "verdict_of_bound", "verdict_of_difference"]
+__all__ = [
+    "FEWEST_SEEDS",
+    "RULE",
+    "check_measured",
+    "judge",
+    "mean_of",
+    "seeds_interval",
+    "verdict_of_bound",
+    "verdict_of_difference",
+]
 
 Array = npt.NDArray[Any]
 Found = Mapping[str, Sequence[Mapping[str, Array]]]  # arm -> measurements by seed

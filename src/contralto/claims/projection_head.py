@@ -50,9 +50,7 @@ def pair_views(left: Tensor, right: Tensor, generator: torch.Generator, blank: f
     torch.Size([5, 128])
     """
     there = torch.rand(len(left), 1, generator=generator) >= blank
-    moved = [
-        digit_views(x, generator, degrees=0.0, scale=0.0, noise=0.0, contrast=(0.7, 1.3)) for x in (left, right)
-    ]
+    moved = [digit_views(x, generator, degrees=0.0, scale=0.0, noise=0.0, contrast=(0.7, 1.3)) for x in (left, right)]
     clean = pairs(moved[0] * there, moved[1])
     return clean + 0.1 * torch.randn(clean.shape, generator=generator)
 

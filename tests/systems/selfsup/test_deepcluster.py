@@ -10,7 +10,14 @@ from contralto.systems.selfsup.deepcluster import DeepClusterV2
 
 
 def tiny(**options):
-    settings = {"num_samples": 20, "steps_per_epoch": 2, "hidden": 7, "dim": 5, "num_prototypes": [4, 3], "batch_size": 8}
+    settings = {
+        "num_samples": 20,
+        "steps_per_epoch": 2,
+        "hidden": 7,
+        "dim": 5,
+        "num_prototypes": [4, 3],
+        "batch_size": 8,
+    }
     settings |= {"optimizer": "adam", "lr": 0.01, "warmup_epochs": 0, "weight_decay": 0.1}
     return DeepClusterV2(nn.Linear(6, 8), num_features=8, **(settings | options))
 

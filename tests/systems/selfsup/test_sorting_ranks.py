@@ -29,7 +29,9 @@ SYSTEMS = {
     "sup_con": (ProjectionHead, {"head": "mlp", "hidden": 7, "objective": "sup_con"}),
     "cross_entropy": (ProjectionHead, {"head": "mlp", "hidden": 7, "objective": "cross_entropy", "num_classes": 3}),
 }
-CASES = {f"{name}, {n} rows": (name, n) for name in SYSTEMS for n in ((12, 13) if name != "swav with a queue" else (12,))}
+CASES = {
+    f"{name}, {n} rows": (name, n) for name in SYSTEMS for n in ((12, 13) if name != "swav with a queue" else (12,))
+}
 
 
 def build(name):
