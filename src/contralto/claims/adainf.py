@@ -51,8 +51,9 @@ def generate(x: Tensor, count: int, *, components: int = 20, clusters: int = 10,
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
 
-    pca = PCA(components, random_state=seed).fit(x.numpy())
-    mixture = GaussianMixture(clusters, reg_covar=1e-3, random_state=seed).fit(pca.transform(x.numpy()))
+    data = x.numpy().astype(np.float64)
+    pca = PCA(components, random_state=seed).fit(data)
+    mixture = GaussianMixture(clusters, reg_covar=1e-3, random_state=seed).fit(pca.transform(data))
     drawn = pca.inverse_transform(mixture.sample(count)[0])
     order = np.random.default_rng(seed).permutation(count)  # they come cluster by cluster
     return torch.from_numpy(drawn[order].clip(0, 1).astype(np.float32))

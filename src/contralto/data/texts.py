@@ -74,7 +74,11 @@ def _column(names: Iterable[str], wanted: str | None, path: str) -> str:
     for name in (wanted,) if wanted is not None else TEXT_COLUMNS:
         if name in there:
             return name
-    told = f"no column is called {wanted!r}" if wanted else "none of the columns is known to hold texts; name it: --text_column"
+    told = (
+        f"no column is called {wanted!r}"
+        if wanted
+        else "none of the columns is known to hold texts; name it: --text_column"
+    )
     raise DataError(f"{told}; there are: {', '.join(there[:20])}", file=path)
 
 

@@ -105,9 +105,7 @@ class SentenceMIM(CMIM):
         """Clip the gradient."""
         nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], self.clip)
 
-    def generate(
-        self, n: int, *, temperature: float | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def generate(self, n: int, *, temperature: float | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Most likely sentences (n, length) of codes drawn from the prior; by default with SentenceMIM's temperature 1 / sqrt(dim)."""
         return super().generate(
             n, temperature=self.dim**-0.5 if temperature is None else temperature, generator=generator
