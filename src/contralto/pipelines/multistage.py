@@ -184,7 +184,8 @@ def fit_dual_stages(
     dual : nn.Module
         Has `encode_image` and `encode_text`, which give raw embeddings (N, D); as the models of open_clip do. It stays as it is.
     pairs : Dataset
-        ``pairs[epoch, row]`` is a dict of `views`, image and text as the encoder takes them, and `index`, the row; it has a length.
+        ``pairs[epoch, row]`` is a dict of `views`, image and text as the encoder takes them, and `index`, the row; it has a
+        length.
     out : path
         Folder of this training; called again with the same arguments, it goes on where it stopped.
     num_features : int

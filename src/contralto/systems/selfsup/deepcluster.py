@@ -4,9 +4,9 @@ The offline counterpart of SwAV, from the same paper and code: k-means over reme
 balanced assignment within the batch. The centroids are the weights of the classifier, so nothing has to be learnt anew when the
 clusters change; several clusterings at a time, of either large crop in turn, are averaged.
 
-Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, Caron et al., NeurIPS 2020, arXiv 2006.09882, appendix D;
-after Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018. The paper's code fills the memory in a pass
-before the first epoch; here the first epoch does, and no weight changes in it.
+Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, Caron et al., NeurIPS 2020, arXiv 2006.09882,
+appendix D; after Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018. The paper's code fills the memory
+in a pass before the first epoch; here the first epoch does, and no weight changes in it.
 """
 
 from collections.abc import Sequence
