@@ -257,7 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path("results/contrast.json"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, LARGE])
-    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--losses", choices=FORMS, nargs="+", default=list(FORMS))
+    parser.add_argument("--tiles", action="store_true", help="time by size of tile")
     a = parser.parse_args()
     if a.tiles:
         by_tile()
@@ -269,7 +270,7 @@ def main() -> None:
         "temperature": TEMPERATURE,
         "limit_gib": LIMIT_GIB,
     }
-    for loss in FORMS:
+    for loss in a.losses:
         for n in a.sizes:
             if any((r["loss"], r["n"]) == (loss, n) for r in result["rows"]):
                 continue

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
-from contralto.losses import pairs
+from contralto.losses import modules, pairs
 
 
 def views(n, seed=0, d=4, dtype=torch.float64):
@@ -192,19 +192,19 @@ def test_temperatures_learn(form):
 def test_modules_keep_their_settings_and_learn_theirs():
     z0, z1 = views(6, 11, dtype=torch.float32)
     for module, function in (
-        (pairs.InfoNCE(temperature=0.3), pairs.info_nce), (pairs.NTXent(temperature=0.3), pairs.nt_xent),
-        (pairs.DCL(temperature=0.3), pairs.dcl),
+        (modules.InfoNCE(temperature=0.3), pairs.info_nce), (modules.NTXent(temperature=0.3), pairs.nt_xent),
+        (modules.DCL(temperature=0.3), pairs.dcl),
     ):  # fmt: skip
         assert torch.equal(module(z0, z1), function(z0, z1, temperature=0.3))
         assert "temperature=0.3" in repr(module)
     labels = torch.arange(6) % 2
-    assert torch.equal(pairs.SupCon(temperature=0.3)(z0, labels), pairs.sup_con(z0, labels, temperature=0.3))
-    learns = pairs.CLIP()
+    assert torch.equal(modules.SupCon(temperature=0.3)(z0, labels), pairs.sup_con(z0, labels, temperature=0.3))
+    learns = modules.CLIP()
     learns(z0, z1).backward()
-    assert learns.log_scale.grad != 0
-    learns.log_scale.data.fill_(10.0)
+    assert learns.temperature.parameter.grad != 0
+    learns.temperature.parameter.data.fill_(10.0)
     torch.testing.assert_close(learns(z0, z1), pairs.clip(z0, z1, temperature=0.01))
-    asks = pairs.SigLIP()
+    asks = modules.SigLIP()
     asks(z0, z1).backward()
     assert asks.log_scale.grad != 0
     assert asks.bias.grad != 0

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses import tiled
-from contralto.losses.bounded import clip_sum, nt_xent_sum
+from contralto.losses.bounded import clip_mean, nt_xent_mean
 from contralto.losses.contrast import contrast
 
 
@@ -126,9 +126,9 @@ def test_clip_is_the_mean_of_two_cross_entropies(n, temperature):
         scale = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
         if slow:
             logits = scale * a @ b.T
-            loss = sum(F.cross_entropy(x, torch.arange(n), reduction="sum") for x in (logits, logits.T))
+            loss = sum(F.cross_entropy(x, torch.arange(n)) for x in (logits, logits.T)) / 2
         else:
-            loss = clip_sum(a, b, scale)
+            loss = clip_mean(a, b, scale)
         (1.7 * loss).backward()
         found.append([loss.detach(), a.grad, b.grad, scale.grad])
     for ours, theirs in zip(found[1], found[0], strict=True):
@@ -142,8 +142,8 @@ def test_clip_in_single_precision_where_one_shift_would_not_do():
     for x, y in ((a, b), (torch.cat([a, b]), torch.cat([a, b.flip(0)]))):
         logits = 100 * x.double() @ y.double().T
         n = torch.arange(len(x))
-        expected = F.cross_entropy(logits, n, reduction="sum") + F.cross_entropy(logits.T, n, reduction="sum")
-        torch.testing.assert_close(clip_sum(x, y, torch.tensor(100.0)).double(), expected, rtol=1e-4, atol=1e-3)
+        expected = (F.cross_entropy(logits, n) + F.cross_entropy(logits.T, n)) / 2
+        torch.testing.assert_close(clip_mean(x, y, torch.tensor(100.0)).double(), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
@@ -157,9 +157,9 @@ def test_nt_xent_leaves_the_diagonal_out(n, temperature):
         scale = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
         if slow:
             logits = (scale * z @ z.T).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
-            loss = F.cross_entropy(logits, torch.arange(2 * n).roll(n), reduction="sum")
+            loss = F.cross_entropy(logits, torch.arange(2 * n).roll(n))
         else:
-            loss = nt_xent_sum(z, scale)
+            loss = nt_xent_mean(z, scale)
         (1.7 * loss).backward()
         found.append([loss.detach(), z.grad, scale.grad])
     for ours, theirs in zip(found[1], found[0], strict=True):
@@ -169,4 +169,4 @@ def test_nt_xent_leaves_the_diagonal_out(n, temperature):
 def test_nt_xent_says_when_it_cannot():
     z = F.normalize(torch.randn(4, 3), dim=1)
     with pytest.raises(UsageError, match="contrast_tiled"):
-        nt_xent_sum(z, torch.tensor(100.0))
+        nt_xent_mean(z, torch.tensor(100.0))
