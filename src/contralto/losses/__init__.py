@@ -2,7 +2,16 @@
 
 from contralto.losses.modules import CLIP, DCL, InfoNCE, NTXent, SigLIP, SupCon, Temperature
 from contralto.losses.pairs import (
-    clip, dcl, focal, hard_negative, hardest, info_nce, nt_xent, siglip, soft_info_nce, sup_con,
+    clip,
+    dcl,
+    focal,
+    hard_negative,
+    hardest,
+    info_nce,
+    nt_xent,
+    siglip,
+    soft_info_nce,
+    sup_con,
 )  # fmt: skip
 
 __all__ = [

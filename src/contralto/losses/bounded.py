@@ -69,17 +69,16 @@ class _InfoNCE(torch.autograd.Function):
             part, row = scaled[start : start + step], sums[start : start + step]
             share = torch.mm(part, key.T, out=buffer[: len(part)]).exp_()
             torch.sum(share, 1, keepdim=True, out=row)
+            if any(wants):
+                share.div_(row).diagonal(start).sub_(1)
             if to_query is not None:
-                torch.mm(share, key, out=to_query[start : start + step]).div_(row)
+                torch.mm(share, key, out=to_query[start : start + step])
             if to_key is not None:
-                torch.addmm(to_key, share.T, part / row, beta=0 if start == 0 else 1, out=to_key)
+                torch.addmm(to_key, share.T, part, beta=0 if start == 0 else 1, out=to_key)
         own, to_scale = torch.linalg.vecdot(scaled, key[:n]), None
         if to_query is not None:
-            to_query.sub_(key[:n])
             to_scale = torch.linalg.vecdot(to_query, query).sum() if wants[2] else None
             to_query.mul_(scale)
-        if to_key is not None:
-            to_key[:n].sub_(scaled)
         _keep(ctx, to_query, to_key, to_scale, count=n)
         return sums.squeeze(1).log_().sub_(own).sum() / max(n, 1)
 

@@ -10,7 +10,7 @@ values: *dense* below, short and obvious, holds the whole N x M matrix; *tiled* 
 
 import warnings
 from functools import cache
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -91,9 +91,9 @@ def contrast(
 
     Notes
     -----
-    Half precision is computed in float32; the fused form takes its products from half precision and adds up in float32. InfoNCE of paired views is ``positives=torch.arange(N)``; a queue of negatives
-    is ``key=cat(view, queue)`` with `weights` 0 on the view's columns and ``coupled=True``; prototype contrast is
-    ``key=prototypes, positives=labels``.
+    Half precision is computed in float32; the fused form takes its products from half precision and adds up in float32. InfoNCE of
+    paired views is ``positives=torch.arange(N)``; a queue of negatives is ``key=cat(view, queue)`` with `weights` 0 on the view's
+    columns and ``coupled=True``; prototype contrast is ``key=prototypes, positives=labels``.
 
     Examples
     --------
@@ -157,8 +157,9 @@ def contrast(
             from contralto.losses.fused import contrast_fused
 
             loss, valid = contrast_fused(
-                query.to(given), key.to(given), positives=positives, out=weights, temperature=temperature
-            )
+                query.to(given), key.to(given), positives=cast(Tensor | None, positives), out=cast(Tensor | None, weights),
+                temperature=temperature,
+            )  # fmt: skip
     if reduction == "none":
         return loss
     count = valid.sum() if reduction == "mean" else torch.tensor(valid.numel(), device=valid.device)

@@ -10,6 +10,9 @@ three are needed; no atomic additions, so two runs are equal to the bit.
 Importing this module needs triton; with `TRITON_INTERPRET=1` in the environment its kernels run on the CPU, slowly.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+import os
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contralto.errors import UsageError
 from contralto.losses.units import refuse_second_derivative
 
 __all__ = ["contrast_fused"]
@@ -41,6 +45,8 @@ def contrast_fused(
     temperature : float or Tensor
         A number, () or (N, 1).
     """
+    if not query.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(f'form="fused" runs on CUDA, got rows on {query.device}')
     n = len(query)
     t = temperature if isinstance(temperature, Tensor) else torch.tensor(temperature, device=query.device)
     scale = (1 / t.float()).reshape(-1).expand(n).contiguous()
@@ -62,8 +68,10 @@ class _Fused(torch.autograd.Function):
         left = 0 if out is None else out.shape[1]
         out = column if out is None else out.contiguous()
         exact = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        precision = "ieee" if exact else "tf32"
-        sizes = {"E": left, "D": d, "ROWS": ROWS, "KEYS": KEYS, "DEPTH": DEPTH, "WIDTH": width, "PRECISION": precision}
+        sizes = {
+            "E": left, "D": d, "ROWS": ROWS, "KEYS": KEYS, "DEPTH": DEPTH, "WIDTH": width,
+            "PRECISION": "ieee" if exact else "tf32", "WIDE": not query.is_cuda,
+        }  # fmt: skip
         _over_keys[triton.cdiv(n, ROWS), triton.cdiv(d, width)](query, key, scale, out, logs, mean_key, n, m, **sizes)
         positive = torch.where((column >= 0).unsqueeze(1), key[column.clamp_min(0)].float(), 0.0)
         own = torch.linalg.vecdot(query.float(), positive) * scale
@@ -96,6 +104,7 @@ class _Fused(torch.autograd.Function):
 def _logits(
     query, key, scale, out, row, column, n, m,
     E: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits (ROWS, KEYS), minus infinity at what is left out or not there."""
     logits = tl.zeros((ROWS, KEYS), dtype=tl.float32)
@@ -104,6 +113,8 @@ def _logits(
         inside = depth < D
         a = tl.load(query + row[:, None] * D + depth[None, :], mask=(row < n)[:, None] & inside[None, :], other=0.0)
         b = tl.load(key + column[None, :] * D + depth[:, None], mask=(column < m)[None, :] & inside[:, None], other=0.0)
+        if WIDE:  # the interpreter multiplies the bits of bfloat16
+            a, b = a.to(tl.float32), b.to(tl.float32)
         logits = tl.dot(a, b, logits, input_precision=PRECISION)
     by_row = tl.load(scale + row, mask=row < n, other=0.0)
     logits = tl.where((column < m)[None, :], logits * by_row[:, None], -float("inf"))
@@ -114,18 +125,20 @@ def _logits(
 
 
 @triton.jit
-def _add(weights, rows, total, PRECISION: tl.constexpr):
-    """total + weights @ rows; float16 has no numbers as small as weights are."""
+def _add(weights, rows, total, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """Total + weights @ rows; float16 has no numbers as small as weights are."""
     if rows.dtype == tl.bfloat16:
-        return tl.dot(weights.to(tl.bfloat16), rows, total)
-    return tl.dot(weights, rows.to(tl.float32), total, input_precision=PRECISION)
+        weights = weights.to(tl.bfloat16)
+    if WIDE or rows.dtype != tl.bfloat16:
+        weights, rows = weights.to(tl.float32), rows.to(tl.float32)
+    return tl.dot(weights, rows, total, input_precision=PRECISION)
 
 
 @triton.jit
 def _over_keys(
     query, key, scale, out, logs, mean_key, n, m,
     E: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """For some rows: logarithms of denominators (ROWS,), and some columns of the mean key (ROWS, WIDTH)."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -135,7 +148,7 @@ def _over_keys(
     mean = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     for start in range(0, m, KEYS):
         column = (start + tl.arange(0, KEYS)).to(tl.int64)
-        logits = _logits(query, key, scale, out, row, column, n, m, E, D, DEPTH, ROWS, KEYS, PRECISION)
+        logits = _logits(query, key, scale, out, row, column, n, m, E, D, DEPTH, ROWS, KEYS, PRECISION, WIDE)
         now = tl.maximum(highest, tl.max(logits, 1))
         shift = tl.where(now == -float("inf"), 0.0, now)  # rows without a key so far
         share = tl.exp(logits - shift[:, None])
@@ -144,20 +157,21 @@ def _over_keys(
         values = tl.load(
             key + column[:, None] * D + part[None, :], mask=(column < m)[:, None] & (part < D)[None, :], other=0.0
         )
-        mean = _add(share, values, mean * shrink[:, None], PRECISION)
+        mean = _add(share, values, mean * shrink[:, None], PRECISION, WIDE)
         highest = now
     some = total > 0.0
     mean = mean / tl.where(some, total, 1.0)[:, None]
     tl.store(mean_key + row[:, None] * D + part[None, :], mean, mask=(row < n)[:, None] & (part < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(logs + row, tl.where(some, highest + tl.log(total), -float("inf")), mask=row < n)
+        log = tl.where(some, highest + tl.log(tl.where(some, total, 1.0)), -float("inf"))
+        tl.store(logs + row, log, mask=row < n)
 
 
 @triton.jit
 def _over_rows(
     query, key, scale, positive, out, logs, by_row, to_key, n, m,
     E: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """For some keys: some columns of their gradient (KEYS, WIDTH)."""
     column = (tl.program_id(0) * KEYS + tl.arange(0, KEYS)).to(tl.int64)
@@ -165,7 +179,7 @@ def _over_rows(
     gradient = tl.zeros((KEYS, WIDTH), dtype=tl.float32)
     for start in range(0, n, ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        logits = _logits(query, key, scale, out, row, column, n, m, E, D, DEPTH, ROWS, KEYS, PRECISION)
+        logits = _logits(query, key, scale, out, row, column, n, m, E, D, DEPTH, ROWS, KEYS, PRECISION, WIDE)
         log = tl.load(logs + row, mask=row < n, other=-float("inf"))
         some = log > -float("inf")
         share = tl.where(some[:, None], tl.exp(logits - tl.where(some, log, 0.0)[:, None]), 0.0)
@@ -175,7 +189,7 @@ def _over_rows(
         rows = tl.load(
             query + row[:, None] * D + part[None, :], mask=(row < n)[:, None] & (part < D)[None, :], other=0.0
         )
-        gradient = _add(tl.trans(share), rows, gradient, PRECISION)
+        gradient = _add(tl.trans(share), rows, gradient, PRECISION, WIDE)
     tl.store(
         to_key + column[:, None] * D + part[None, :], gradient.to(to_key.dtype.element_ty),
         mask=(column < m)[:, None] & (part < D)[None, :],

@@ -143,9 +143,11 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         """The temperature ()."""
-        now = self.parameter if self.by == "value" else (-self.parameter).exp()
-        within: Tensor = _Within.apply(now, self.lowest, self.highest)
-        return within
+        if self.by == "value":
+            value: Tensor = _Within.apply(self.parameter, self.lowest, self.highest)
+            return value
+        log_scale: Tensor = _Within.apply(self.parameter, -math.log(self.highest), -math.log(self.lowest))
+        return (-log_scale).exp()
 
     def extra_repr(self) -> str:
         """Parametrisation and bounds."""
