@@ -91,9 +91,9 @@ def contrast(
 
     Notes
     -----
-    Half precision is computed in float32; the fused form takes its products from half precision and adds up in float32. InfoNCE of
-    paired views is ``positives=torch.arange(N)``; a queue of negatives is ``key=cat(view, queue)`` with `weights` 0 on the view's
-    columns and ``coupled=True``; prototype contrast is ``key=prototypes, positives=labels``.
+    Half precision is computed in float32; the fused form takes its products from half precision and adds up in float32. InfoNCE
+    of paired views is ``positives=torch.arange(N)``; a queue of negatives is ``key=cat(view, queue)`` with `weights` 0 on the
+    view's columns and ``coupled=True``; prototype contrast is ``key=prototypes, positives=labels``.
 
     Examples
     --------
