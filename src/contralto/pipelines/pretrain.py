@@ -245,7 +245,9 @@ class Pretraining:
         names = inspect.signature(self.system.__init__).parameters
         self.built = {k: v for k, v in facts.items() if k in names}
         given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
-        return self.system(encoder, **self.built, **given)
+        module = self.system(encoder, **self.built, **given)
+        module.take_classes([c.name for c in self.manifest.classes])
+        return module
 
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
