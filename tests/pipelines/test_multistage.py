@@ -175,7 +175,7 @@ class Pairs(Dataset):
         self.image = torch.cat([one[self.easy], 0.2 * one[self.faint]], 1) + 0.02 * torch.randn(n, 8, generator=g)
 
     def __getitem__(self, key):
-        epoch, row = key
+        _, row = key
         return {"views": [self.image[row], self.text[row]], "index": row}
 
     def __len__(self):
