@@ -109,8 +109,8 @@ def run(
     system = AdaInf(
         encoder, num_features=budget["features"], num_samples=len(both), steps_per_epoch=budget["steps"],
         epochs=arm.get("epochs", 1), seed=seed, batch_size=size, optimizer="adam", lr=budget["lr"], weight_decay=0.0,
-        warmup_epochs=0.01,
-        hidden=budget["hidden"], dim=budget["dim"], temperature=0.2, dup=max(arm["dup"], 1), strength=arm["strength"],
+        warmup_epochs=0.01, hidden=budget["hidden"], dim=budget["dim"], temperature=0.2, dup=max(arm["dup"], 1),
+        strength=arm["strength"],
     )  # fmt: skip
     sampler = MixtureSampler([len(real), count], [system.dup, 1], seed=seed, length=size)
 

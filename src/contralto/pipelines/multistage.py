@@ -182,10 +182,9 @@ def fit_dual_stages(
     Parameters
     ----------
     dual : nn.Module
-        Has `encode_image` and `encode_text`, which give raw embeddings (N, D); as the models of open_clip do. It stays as it is.
+        Has `encode_image` and `encode_text`, which give raw embeddings (N, D), as models of open_clip do; it stays as it is.
     pairs : Dataset
-        ``pairs[epoch, row]`` is a dict of `views`, image and text as the encoder takes them, and `index`, the row; it has a
-        length.
+        ``pairs[epoch, row]`` is a dict of `views` (image and text, as the encoder takes them) and `index`, the row.
     out : path
         Folder of this training; called again with the same arguments, it goes on where it stopped.
     num_features : int
