@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,28 @@ def test_what_it_does_not_take_is_said(wrong):
     q = torch.randn(4, 3)
     with pytest.raises(UsageError, match="fused"):
         contrast(q, q, **{"positives": torch.arange(4), "form": "fused"} | wrong)
+
+
+def test_where_it_does_not_work_is_said_once(monkeypatch):
+    module = sys.modules["contralto.losses.contrast"]
+    module._fused.cache_clear()
+
+    def broken(*_args, **_options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "eye", broken)
+    with pytest.warns(
+        UserWarning, match="tiled one is taken: no compiler" if importlib.util.find_spec("triton") else "tiled"
+    ):
+        assert not module._fused()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not module._fused()
+    module._fused.cache_clear()
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs it")
+def test_without_cuda_it_is_refused_when_asked_for():
+    with pytest.raises(UsageError, match="CUDA"):
+        contrast(torch.randn(4, 3), torch.randn(4, 3), positives=torch.arange(4), form="fused")

@@ -73,7 +73,6 @@ def contrast(
         "auto" is fused for half precision on CUDA where there is one positive a row by its column, `weights` are columns left out
         or none, and the temperature is one or one per row; otherwise tiled. Leading dimensions and second derivatives need the
         dense form.
-
     gather : {"none", "all"}
         "all" contrasts the queries of this process with the keys of all (`distributed.gather_with_gradient`); `positives` and
         `weights` then speak of those, see `distributed.own_places`. The mean over processes of what they return, and of their
@@ -187,8 +186,9 @@ def _fused() -> bool:
     try:
         from contralto.losses.fused import contrast_fused
 
-        x = torch.eye(16, dtype=torch.float16, device="cuda", requires_grad=True)
-        contrast_fused(x, x, positives=None, out=None, temperature=1.0)[0].sum().backward()
+        with torch.enable_grad():
+            x = torch.eye(16, dtype=torch.float16, device="cuda", requires_grad=True)
+            contrast_fused(x, x, positives=None, out=None, temperature=1.0)[0].sum().backward()
     except Exception as error:  # whatever a compiler or a driver raises
         warnings.warn(f"contrast: the fused form does not work here, the tiled one is taken: {error}", stacklevel=3)
         return False
