@@ -55,15 +55,14 @@ def test_objectives_written_out():
     contrast, classes, pairs = (
         tiny(objective=o, num_classes=3 if o == "cross_entropy" else 0).double() for o in ("sup_con", "cross_entropy", "nt_xent")
     )  # fmt: skip
-    contrast.requires_grad_(False)
-    h = F.normalize(contrast.head(contrast.encoder(torch.cat(data["views"]))), dim=1)
+    h = F.normalize(contrast.requires_grad_(False).head(contrast.encoder(torch.cat(data["views"]))), dim=1)
     s, labels, total = h @ h.T / 0.5, y.repeat(2), 0.0
     for i in range(2 * n):
         others = [j for j in range(2 * n) if j != i]
         positives = [j for j in others if labels[j] == labels[i]]
         total += float(s[i, others].logsumexp(0) - s[i, positives].mean()) / (2 * n)
     assert contrast.step(data)["loss"].item() == pytest.approx(total)
-    logits = classes.classifier(classes.head(classes.encoder(torch.cat(data["views"]))))
+    logits = classes.requires_grad_(False).classifier(classes.head(classes.encoder(torch.cat(data["views"]))))
     expected = -sum(float(logits[i].log_softmax(0)[labels[i]]) for i in range(2 * n)) / (2 * n)
     assert classes.step(data)["loss"].item() == pytest.approx(expected)
     h = F.normalize(pairs.head(pairs.encoder(torch.cat(data["views"]))), dim=1)

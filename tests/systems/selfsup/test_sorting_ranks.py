@@ -16,7 +16,10 @@ from contralto.systems.selfsup.groco import GroCo
 from contralto.systems.selfsup.projection_head import ProjectionHead
 from contralto.systems.selfsup.swav import SwAV
 
-pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),  # two processes are started once
+    pytest.mark.filterwarnings("ignore:SwAV has collapsed"),  # a few steps on noise
+]
 
 SWAV = {"num_prototypes": [6, 4], "freeze_steps": 1, "batch_size": 12, "check_every": 2, "hidden": 7, "dim": 5}
 SYSTEMS = {

@@ -117,8 +117,8 @@ def share_gap(alpha: Any, phi: Any, *, others: int = 4, sigma: float = 0.3) -> A
     Examples
     --------
     >>> share_gap([0.0, 0.9], [0.5, 1.0]).round(3)
-    array([[-0.048,  0.   ],
-           [ 0.021,  0.049]])
+    array([[-0.047,  0.   ],
+           [ 0.015,  0.049]])
     """
     gap = np.empty((len(alpha), len(phi)))
     for place in np.ndindex(gap.shape):
