@@ -51,7 +51,7 @@ def test_pictures_of_any_side(side):
     assert out.shape == (2, 3, side, side)
     hidden = tap(decoder.output, lambda: decoder(torch.randn(2, 5)))
     assert hidden.shape[2:] == (side, side)
-    assert decoder.summary(hidden).shape == (2, 16 * hidden.shape[1])
+    assert decoder.hidden(torch.randn(2, 5), out).shape == (2, 16 * hidden.shape[1])
     assert decoder.draws == 3 * side**2
 
 

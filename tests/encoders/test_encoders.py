@@ -36,6 +36,8 @@ def test_features_are_the_mean_of_the_map(name):
     assert cells.shape[:2] == (2, encoder.num_features)
     assert cells.shape[3] == cells.shape[2] * 3 / 2
     torch.testing.assert_close(cells.mean((2, 3)), encoder(x))
+    [only] = encoder.forward_maps(x)
+    assert torch.equal(only, cells)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "bilinear/resnet18"])

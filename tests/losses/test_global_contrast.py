@@ -188,6 +188,18 @@ def test_temperatures_come_to_rest_where_the_weights_diverge_by_rho(rho):
         assert (sum(divergences) / 2).item() == pytest.approx(rho, abs=1e-6)
 
 
+def test_items_with_more_look_alikes_come_to_rest_at_larger_temperatures():
+    cosine = torch.zeros(3, 61, dtype=torch.float64)
+    cosine[:, 0] = 0.9
+    for row, alike in enumerate((1, 4, 10)):
+        cosine[row, 1 : 1 + alike] = 0.8
+    state = ItemState.start(3, 0.3, like=cosine)
+    for _ in range(2000):
+        _, state = queue_global_contrast(cosine, state, TemperatureRule(rho=0.2, gamma=1.0, high=10.0))
+    assert state.temperature.tolist() == sorted(state.temperature.tolist())
+    assert state.temperature[2] > state.temperature[0] + 0.1
+
+
 def test_larger_rho_gives_smaller_temperatures():
     z0, z1, found = rows(8, 3), rows(8, 4), []
     for rho in (0.1, 0.4, 1.0):

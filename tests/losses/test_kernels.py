@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
-from contralto.losses import contrast
+from contralto.losses import tiled
 from contralto.losses.kernels import alignment, attribute_alignment, joint_entropy, uniformity
 
 ARRAYS = np.load(Path(__file__).parents[1] / "reference" / "sepclr.npz", allow_pickle=False)
@@ -51,11 +51,11 @@ def both(fast, slow, *inputs):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.fixture(params=["dense", "tiled"])
+@pytest.fixture(params=["whole", "in tiles"])
 def form(request, monkeypatch):
-    """The engine's forms for small and for large batches, on small ones."""
-    if request.param == "tiled":
-        monkeypatch.setattr(contrast, "TILED_FROM", 1)
+    """The engine's matrix at once, and row by row."""
+    if request.param == "in tiles":
+        monkeypatch.setattr(tiled, "TILE_BYTES", 1)
 
 
 @pytest.mark.usefixtures("form")

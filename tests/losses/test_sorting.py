@@ -216,3 +216,16 @@ def test_what_cannot_be_is_said():
         soft_sort(torch.zeros(3), sigmoid="step")
     with pytest.raises(UsageError, match="network must be"):
         soft_sort(torch.zeros(3), network="quick")
+
+
+def test_what_is_no_number_stays_none_and_certainty_has_finite_gradients():
+    z = torch.randn(2, 8, 4)
+    z[0, 3, 1] = torch.nan
+    assert groco(z, hardest=3).isnan()
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    x[1] = -x[0]
+    x.requires_grad_()
+    loss = groco(x, hardest=3, sigmoid="logistic", steepness=1e6)  # all mass in the wrong group
+    loss.backward()
+    assert 10 < loss.item() <= 100
+    assert torch.isfinite(x.grad).all()

@@ -145,11 +145,18 @@ def test_pictures_decoded_once_or_in_every_epoch_give_the_same(coloured, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["simclr", "moco"])
+@pytest.mark.parametrize("system", ["simclr", "moco", "mcl_multistage", "adainf"])
 def test_killed_at_random_moments_and_started_again_it_ends_the_same(coloured, tmp_path, system):
     arguments = SMALL | {"epochs": 3, "seed": 5}
     if system == "moco":
         arguments = {k: v for k, v in arguments.items() if k != "warmup_epochs"} | {"queue_size": 16}
+    if system == "mcl_multistage":  # batches of its own, in a second training
+        arguments |= {"stages": 2, "clusters": 2, "smallest": 2}
+    if system == "adainf":
+        (tmp_path / "generated").mkdir()
+        for i in range(12):
+            (tmp_path / "generated" / f"{i}.png").write_bytes(picture((90, 90, 90), seed=1000 + i))
+        arguments |= {"generated": str(tmp_path / "generated"), "dup": 3}
     undisturbed = get_job(system).fit(str(coloured), tmp_path / "undisturbed", **arguments)
     again, rng = tmp_path / "killed", random.Random(1)
     kills = [["step", "training", rng.randint(1, 4)] for _ in range(4)]

@@ -44,7 +44,7 @@ def drawn(view, sizes, seed=0, epoch=0, number=0):
 
 def alike(ours, theirs):
     """Two samples of one distribution."""
-    assert stats.ks_2samp(ours, theirs).pvalue > 1e-3
+    assert stats.ks_2samp(ours, theirs).pvalue > 1e-4
 
 
 # What is drawn
@@ -81,7 +81,7 @@ def test_flip_grey_blur_solarise_and_jitter_come_as_often_as_they_should():
         (d.solarize, 0.3),
         (d.order >= 0, 0.8),
     ):
-        assert stats.binomtest(int(drew.sum()), MANY, share).pvalue > 1e-3
+        assert stats.binomtest(int(drew.sum()), MANY, share).pvalue > 1e-4
     alike(d.sigma[d.sigma > 0], np.random.default_rng(0).uniform(0.1, 2.0, MANY))
     never = drawn(dataclasses.replace(STRONG, flip=0, grey=0, blur_p=0, solarize_p=0, jitter_p=0), np.full((50, 2), 32))
     assert not np.stack([never.flip, never.grey, never.sigma, never.solarize]).any()
@@ -106,7 +106,7 @@ def test_jitter_is_distributed_as_torchvisions():
         alike(d.factors[:, i], np.array([p[name] for p in theirs]))
     orders = [ORDERS.index(tuple(int(i) for i in p["fn_idx"])) for p in theirs]
     ours, count = np.bincount(d.order, minlength=24), np.bincount(orders, minlength=24)
-    assert stats.chi2_contingency([ours, count]).pvalue > 1e-3
+    assert stats.chi2_contingency([ours, count]).pvalue > 1e-4
     assert d.factors[:, 1].min() >= 0
 
 
@@ -263,6 +263,17 @@ def test_same_key_same_pixels_other_key_other_pixels():
         assert not any(torch.allclose(a, b) for a, b in zip(one[0], other[0], strict=True))
     for i in range(1, 8):  # the same picture, another row
         assert not torch.allclose(one[0][0], one[0][i])
+
+
+@pytest.mark.parametrize("path", ["bytes", "matrices"])
+def test_automatic_half_precision_changes_nothing(path, monkeypatch):
+    if path == "matrices":
+        monkeypatch.setattr(batched, "_cut_one_by_one", batched._cut_by_matrices)
+    batch, view = pictures(20, 24), dataclasses.replace(STRONG, blur_p=1)
+    (plain,), _ = draw_batch([view], batch, seed=0, epoch=0, index=range(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        (same,), _ = draw_batch([view], batch, seed=0, epoch=0, index=range(20))
+    assert torch.equal(same, plain)
 
 
 def test_how_many_pictures_a_block_holds_changes_nothing(monkeypatch):

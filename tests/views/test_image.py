@@ -13,9 +13,7 @@ from contralto.views import image as module
 from contralto.views.image import (
     EvalView,
     View,
-    change_colours,
     draw_views,
-    rgb_to_grey,
     strong_view,
     view_generator,
     weak_view,
@@ -82,34 +80,6 @@ def test_the_test_view_draws_nothing_and_extreme_shapes_work():
         small = torch.zeros(shape, dtype=torch.uint8)
         assert weak_view(16, (0.5,) * 3, (0.5,) * 3)(small, view_generator(0, 0, 0, 0)).shape == (3, 16, 16)
         assert view(small).shape == (3, 16, 16)
-
-
-def test_colours_are_those_of_torchvision():
-    rng = np.random.default_rng(0)
-    picture = rng.random((3, 20, 30), dtype=np.float32)
-    picture[:, :4] = picture[0, :4]  # grey has no hue
-    picture[1, 4:6] = picture[0, 4:6]  # two channels tie
-    picture[:, 6:8] = 0.0
-    picture[:, 8:9] = 1.0
-    steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    torch.testing.assert_close(
-        torch.from_numpy(rgb_to_grey(picture)), TF.rgb_to_grayscale(torch.from_numpy(picture))[0], atol=1e-6, rtol=0
-    )
-    for _ in range(60):
-        factors = [*rng.uniform(0, 2, 3), rng.choice([-0.5, -1 / 3, 0.0, 1 / 6, 0.5, rng.uniform(-0.5, 0.5)])]
-        order = rng.permutation(4)
-        expected = torch.from_numpy(picture.copy())
-        for step in order:
-            expected = steps[step](expected, float(factors[step]))
-        ours = torch.from_numpy(change_colours(picture.copy(), factors, order.tolist()))
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)  # far below 1/255
-
-
-def test_grey_alone_is_changed_as_three_equal_channels():
-    grey = np.random.default_rng(0).random((1, 10, 10), dtype=np.float32)
-    factors, order = (1.3, 0.7, 1.2, 0.2), (2, 0, 3, 1)
-    three = change_colours(np.repeat(grey, 3, 0), factors, order)
-    np.testing.assert_allclose(np.repeat(change_colours(grey, factors, order), 3, 0), three, atol=1e-4)
 
 
 def slow_view(view, image, rng):

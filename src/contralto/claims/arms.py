@@ -42,6 +42,8 @@ class Task:
 
     Parameters
     ----------
+    claim : str
+        Its name.
     run : str
         `module:function`.
     data, arm : str
@@ -54,6 +56,7 @@ class Task:
         Folder that all arms and seeds on these data share, for what takes long to prepare; gone when all are done.
     """
 
+    claim: str
     run: str
     data: str
     arm: str
@@ -70,7 +73,7 @@ class Task:
         return self.path.with_suffix(".log")
 
     def __str__(self) -> str:
-        return f"arm {self.arm!r}, seed {self.seed}, on {self.data}"
+        return f"{self.claim}: arm {self.arm!r}, seed {self.seed}, on {self.data}"
 
 
 @dataclass(frozen=True)
@@ -192,40 +195,35 @@ def run_tasks(tasks: Sequence[Task], *, jobs: int, told: Callable[[Task, float],
             while waiting and len(busy) < jobs:
                 if not idle:
                     here, there = context.Pipe()
-                    process = context.Process(target=_serve, args=(there,))
+                    processes[here] = context.Process(target=_serve, args=(there,))
                     with _one_thread():
-                        process.start()
+                        processes[here].start()
                     there.close()
-                    processes[here] = process
                     idle.append(here)
                 connection, task = idle.pop(), waiting.popleft()
-                connection.send(task)
                 busy[connection] = task
+                connection.send(task)
             for ready in wait(list(busy)):
                 connection = cast("Connection", ready)
                 task = busy[connection]
                 try:
                     kind, what = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    process = processes.pop(connection)
-                    process.join()
-                    kind, what = "failed", f"its process ended with code {process.exitcode}"
-                else:
-                    if kind != "share":
-                        idle.append(connection)
-                if kind == "share":
-                    told(task, what)
-                    continue
-                del busy[connection]
+                    ended = processes.pop(connection)
+                    ended.join()
+                    kind, what = "failed", f"its process ended with code {ended.exitcode}"
+                if kind != "share":
+                    del busy[connection]
+                    idle += [connection] if connection in processes else []
                 if kind == "failed":
                     failures.append(Failure(task, what))
-                told(task, 1.0)
+                told(task, what if kind == "share" else 1.0)
         for connection in idle:
             connection.send(None)
     finally:
+        for process in processes.values() if busy or waiting else ():
+            process.terminate()
         for process in processes.values():
-            if busy or waiting:
-                process.terminate()
             process.join(10)
             if process.is_alive():
                 process.kill()

@@ -81,13 +81,15 @@ def run(
         share of right ones, and `noise_*`, how good its list of wrong labels is.
     """
     shared = shared_manifest(data, work, development=seed >= DEVELOPMENT_SEED)
+    arguments = dict(budget)
+    shared = _fewer(shared, arguments.pop("pictures"))
     settings = {"rate": None, "plain": False, "random_anchors": False, **arm}
     plain, rate = settings.pop("plain"), settings.pop("rate")
     manifest = Manifest.load(shared)
     train = (manifest.column("split") == "train") & (manifest.labels >= 0)
     anchors = scale_rule(int(train.sum()), len(manifest.classes))["anchors"]
     rates = dict.fromkeys(RATE_ARGUMENTS, rate[data] if isinstance(rate, Mapping) else rate)
-    arguments = load_preset("small") | dict(budget) | rates | {"seed": seed, "accelerator": device.partition(":")[0]}
+    arguments = load_preset("small") | arguments | rates | {"seed": seed, "accelerator": device.partition(":")[0]}
     arguments |= {
         "anchors": -anchors if settings.pop("random_anchors") else anchors,
         "cache": shared.parent / "features",
@@ -160,6 +162,16 @@ def shared_manifest(name: str, work: Path, *, development: bool = False) -> Path
     if development:
         manifest = held_out(manifest)
     return made_once(folder, manifest.save)
+
+
+def _fewer(shared: Path, share: float) -> Path:
+    """The manifest with a share of its pictures; the others are in no part."""
+    if share == 1:
+        return shared
+    manifest = Manifest.load(shared)
+    left = np.random.default_rng(0).random(len(manifest)) >= share
+    split = np.where(left, "untouched", manifest.column("split")).astype(object)
+    return made_once(shared.with_name(f"{shared.name}-{share}"), with_split(manifest, split).save)
 
 
 def held_out(manifest: Manifest) -> Manifest:

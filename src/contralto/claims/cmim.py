@@ -13,6 +13,7 @@ budget, at batches of 128 and 8; and the contrast against A-MIM, where no differ
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from contralto.claims.digits import Split, batches, digits, features_of, pretrain
 from contralto.evaluation.representation import knn_right, probe_right
+from contralto.files import load_weights, save_weights
 from contralto.systems.selfsup.cmim import CMIM
 
 __all__ = ["run"]
@@ -38,6 +40,7 @@ def run(
     budget: Mapping[str, Any],
     device: str = "cpu",
     progress: Callable[[float], None] | None = None,
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """Train and measure one arm on one seed.
 
@@ -51,6 +54,8 @@ def run(
         `steps`, `batch_size`.
     device : str
     progress : function, optional
+    work : path, optional
+        Folder in which trained models are left for other arms: "h" and "mu" read the same one.
 
     Returns
     -------
@@ -65,7 +70,20 @@ def run(
     """
     split = digits(seed, test=TEST)
     system = build(arm, seed, int(arm.get("steps", budget["steps"])), int(arm.get("batch_size", budget["batch_size"])))
-    pretrain(system, batches(split, seed=seed, batch_size=system.batch_size, view=_as_it_is, views=1), device=device)
+    kept = (
+        None
+        if work is None
+        else work / f"{system.mode}-{system.dim}-{system.batch_size}-{system.epochs}-{seed}.safetensors"
+    )
+    if kept is not None and kept.exists():
+        load_weights(system, kept)
+        system.eval().to(device)
+    else:
+        pretrain(
+            system, batches(split, seed=seed, batch_size=system.batch_size, view=_as_it_is, views=1), device=device
+        )
+        if kept is not None:
+            save_weights(system, kept)
     if progress is not None:
         progress(0.9)
     parts = (

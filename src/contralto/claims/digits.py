@@ -4,7 +4,7 @@ Everything is a function of the seed, so that the arms of one seed see the same 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,17 @@ from contralto.errors import DataError
 from contralto.systems.selfsup.base import SelfSupervised
 
 __all__ = [
-    "Split", "batches", "cifar", "conv_encoder", "digit_views", "digits", "features_of", "mlp_encoder", "pretrain",
+    "Split",
+    "batches",
+    "cifar",
+    "conv_encoder",
+    "digit_views",
+    "digits",
+    "features_of",
+    "few_labels",
+    "mlp_encoder",
+    "pretrain",
+    "thinned",
 ]  # fmt: skip
 
 SIDE = 8
@@ -81,6 +91,32 @@ def cifar(seed: int, *, per_class: int, test: int = 2000, size: int = 32) -> Spl
         return pixels, torch.from_numpy(labels[part][rows])
 
     return Split(*read("train", train), *read("test", held))
+
+
+def thinned(split: Split, sizes: Sequence[int], seed: int) -> Split:
+    """The split with fewer training samples: as many of a class as `sizes` says, classes in an order drawn by the seed.
+
+    Examples
+    --------
+    >>> thinned(digits(0), [5] * 9 + [100], seed=0).train_labels.bincount().sort().values[[0, -1]]
+    tensor([  5, 100])
+    """
+    rng, labels = np.random.default_rng([seed, 5]), split.train_labels.numpy()
+    place, order = rng.permutation(len(sizes)), rng.permutation(len(labels))
+    rows = np.sort(np.concatenate([order[labels[order] == c][: sizes[place[c]]] for c in range(len(sizes))]))
+    return split._replace(train=split.train[rows], train_labels=split.train_labels[rows])
+
+
+def few_labels(labels: Tensor, per_class: int, seed: int) -> npt.NDArray[np.int64]:
+    """Rows of some samples of every class, drawn by the seed: those whose labels a probe may see.
+
+    Examples
+    --------
+    >>> len(few_labels(digits(0).train_labels, 3, seed=0))
+    30
+    """
+    found, order = labels.numpy(), np.random.default_rng([seed, 6]).permutation(len(labels))
+    return np.concatenate([order[found[order] == c][:per_class] for c in np.unique(found)])
 
 
 def digit_views(

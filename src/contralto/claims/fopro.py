@@ -57,7 +57,7 @@ def run(
     Returns
     -------
     dict
-        `right` and `labels` by test picture; of *fopro* also `noise_*`, how good its list of wrong labels is.
+        `right`, `labels` and `groups` by test picture; of *fopro* also `noise_*`, how good its list of wrong labels is.
     """
     settings = dict(arm)
     shots, rate, trained = (
@@ -82,7 +82,8 @@ def run(
             found = {f"noise_{k}": v for k, v in job.noise().items()}
         labels = job.manifest.column("clean_label")[job.test_rows].astype(np.int64)
         predicted = job.predict_rows(trained[-1], job.encoder(), job.test_rows).argmax(1)
-    return found | {"right": predicted == labels, "labels": labels}
+    alone = np.full(len(labels), "")  # no picture shows what another one does
+    return found | {"right": predicted == labels, "labels": labels, "groups": alone}
 
 
 def choose_rates(work: str | Path = "runs/claims") -> dict[str, dict[float, float]]:

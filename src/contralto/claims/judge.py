@@ -11,7 +11,16 @@ from contralto.claims.plan import ENOUGH_SEEDS, Claim, Comparison
 from contralto.errors import ContraltoError, UsageError
 from contralto.evaluation.classification import Interval, paired_interval
 
-__all__ = ["FEWEST_SEEDS", "RULE", "judge", "mean_of", "seeds_interval", "verdict_of_bound", "verdict_of_difference"]
+__all__ = [
+    "FEWEST_SEEDS",
+    "RULE",
+    "check_measured",
+    "judge",
+    "mean_of",
+    "seeds_interval",
+    "verdict_of_bound",
+    "verdict_of_difference",
+]
 
 Array = npt.NDArray[Any]
 Found = Mapping[str, Sequence[Mapping[str, Array]]]  # arm -> measurements by seed
@@ -54,8 +63,11 @@ def judge(claim: Claim, found: Found, seeds: Sequence[int]) -> dict[str, Any]:
     ContraltoError
         Arms of one seed were not tested on the same samples.
     """
+    for arm, runs in found.items():
+        for measured in runs:
+            check_measured(claim, arm, measured)
     _check_pairs(found, seeds)
-    compared = [_compare(claim, i, found, seeds) for i in range(len(claim.comparisons))]
+    compared = [_compare(c, found, seeds) for c in claim.comparisons]
     gated = [compared[i]["bare"] for i in claim.deciding()]
     verdict = next((v for v in ("not reproduced", "inconclusive") if v in gated), "reproduced")
     result: dict[str, Any] = {"verdict": _marked(verdict, len(seeds))}
@@ -67,6 +79,25 @@ def judge(claim: Claim, found: Found, seeds: Sequence[int]) -> dict[str, Any]:
     }
     result["comparisons"] = [{k: v for k, v in c.items() if k != "bare"} for c in compared]
     return result
+
+
+def check_measured(claim: Claim, arm: str, measured: Mapping[str, Array]) -> None:
+    """Whether an arm measured what the comparisons that name it look at.
+
+    Raises
+    ------
+    DataError
+        Names the claim's file and the key.
+    """
+    for i, c in enumerate(claim.comparisons):
+        wanted = {"metric": c.metric, "part": c.part, "macro": "labels" if c.macro else None}
+        for key, name in wanted.items() if arm in (*c.method, *c.baseline) else ():
+            if name is not None and name not in measured:
+                told = f"{name!r} is not among the measurements of arm {arm!r}; there are: {', '.join(measured)}"
+                raise claim.wrong(f"comparisons[{i}].{key}", told)
+            if name is not None and (c.macro or c.part) and not measured[name].ndim:
+                told = f"{name!r} of arm {arm!r} is one number, not an array over test samples"
+                raise claim.wrong(f"comparisons[{i}].{key}", told)
 
 
 def seeds_interval(values: Sequence[float], *, level: float = 0.95, resamples: int = 10_000) -> Interval:
@@ -134,10 +165,7 @@ def mean_of(runs: Sequence[Mapping[str, Array]], metric: str, *, macro: bool = F
     return float(np.mean(_effect(c, [np.asarray(m[metric], float) for m in runs], runs)[1]))
 
 
-def _compare(claim: Claim, number: int, found: Found, seeds: Sequence[int]) -> dict[str, Any]:
-    c, key = claim.comparisons[number], f"comparisons[{number}]"
-    for arm in (*c.method, *c.baseline):
-        _check_measured(claim, key, c, arm, found[arm])
+def _compare(c: Comparison, found: Found, seeds: Sequence[int]) -> dict[str, Any]:
     sign = -1.0 if c.direction == "lower" else 1.0
     scores = [sign * _difference(c, found, s) for s in range(len(seeds))]
     effect, by_seed, over = _effect(c, scores, found[c.method[0]])
@@ -218,7 +246,7 @@ def _summary(claim: Claim, runs: Sequence[Mapping[str, Array]]) -> dict[str, Any
     values = {
         name: [float(np.mean(m[name], dtype=float)) for m in runs]
         for name in runs[0]
-        if name not in (*Comparison.RESERVED, *parts)
+        if name not in (*Comparison.RESERVED, *parts) and all(name in m for m in runs)
     }
     for c in claim.comparisons:
         if (c.macro or c.part) and c.metric in runs[0]:
@@ -227,20 +255,6 @@ def _summary(claim: Claim, runs: Sequence[Mapping[str, Array]]) -> dict[str, Any
         name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1)) if len(v) > 1 else None, "seeds": v}
         for name, v in values.items()
     }
-
-
-def _check_measured(claim: Claim, key: str, c: Comparison, arm: str, runs: Sequence[Mapping[str, Array]]) -> None:
-    for m in runs:
-        for name, wanted in (("metric", c.metric), ("part", c.part), ("macro", "labels" if c.macro else None)):
-            if wanted is None:
-                continue
-            if wanted not in m:
-                told = f"{wanted!r} is not among the measurements of arm {arm!r}; there are: {', '.join(m)}"
-                raise claim.wrong(f"{key}.{name}", told)
-            if (c.macro or c.part) and not m[wanted].ndim:
-                raise claim.wrong(
-                    f"{key}.{name}", f"{wanted!r} of arm {arm!r} is one number, not an array over test samples"
-                )
 
 
 def _check_pairs(found: Found, seeds: Sequence[int]) -> None:

@@ -16,11 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contralto.claims.arms import Task, fingerprint, load, run_tasks
-from contralto.claims.judge import RULE, judge, mean_of
+from contralto.claims.judge import RULE, check_measured, judge, mean_of
 from contralto.claims.outputs import demand_plots, draw
 from contralto.claims.plan import DEVELOPMENT_SEED, Claim, claims, find_claim, load_claim
 from contralto.errors import ContraltoError, DataError, UsageError
@@ -60,7 +61,7 @@ def reproduce(
     device : str
         Where arms are trained.
     quick : bool
-        One seed and the claim's quick budget: a look at the machinery that judges nothing and writes nothing.
+        One seed, the first data set and the claim's quick budget: a look at the machinery that judges and writes nothing.
     jobs : int, optional
         Processes at a time, one thread each; default: one per core, and one on another device than the CPU.
     work : path
@@ -80,11 +81,14 @@ def reproduce(
         Arms failed: names each, with its seed. The others are kept.
     """
     plan = _loaded(claim, budget)
+    _check(device, jobs)
     console = Console(stderr=True, quiet=not progress)
     names, left_out = _present(plan, data)
     for told in left_out:
         console.print(f"left out: {told}", highlight=False, markup=False)
     chosen = [0] if quick else list(range(plan.seeds)) if seeds is None else list(seeds)
+    if quick and data is None:
+        names = names[:1]
     spent = {**plan.budget, **(plan.quick if quick else {}), **(budget or {})}
     if quick:
         with tempfile.TemporaryDirectory() as passing:
@@ -149,6 +153,7 @@ def tune(
         Arm -> value -> mean of the metric over seeds. The best is for the claim's file, with all arms tuned alike.
     """
     plan = _loaded(claim, budget)
+    _check(device, jobs)
     _present(plan, data)
     if not seeds or min(seeds) < DEVELOPMENT_SEED:
         raise UsageError(f"values are chosen on seeds from {DEVELOPMENT_SEED} on: smaller ones are reported")
@@ -178,18 +183,20 @@ def smoke(*, jobs: int | None = None, device: str = "cpu", progress: bool = True
     ContraltoError
         Names the claims that failed.
     """
-    outcome, failed = {}, []
-    for name, path in claims().items():
-        if not any(_lacking(needs) is None for needs in load_claim(path).data.values()):
-            outcome[name] = "left out: " + "; ".join(_present(load_claim(path), None, strict=False)[1])
-            continue
-        try:
-            reproduce(path, None, quick=True, jobs=jobs, device=device, progress=progress)
-            outcome[name] = "ran"
-        except ContraltoError as error:
-            failed.append(f"{name}: {error}")
-    if failed:
-        raise ContraltoError("\n".join(failed))
+    outcome, tasks = {}, []
+    plans = {name: load_claim(path) for name, path in claims().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, plan in plans.items():
+            names, left_out = _present(plan, None, strict=False)
+            outcome[name] = "ran" if names else f"left out: {'; '.join(left_out)}"
+            budget = {**plan.budget, **plan.quick}
+            tasks += _tasks(plan, names[:1], [0], budget, device, Path(folder) / name)
+        _check(device, jobs)
+        _train(tasks, len(tasks), plans, jobs, Console(stderr=True, quiet=not progress))
+        for name, plan in plans.items():
+            runs = {task.arm: [load(task.path)] for task in tasks if task.claim == name}
+            if runs:
+                judge(plan, runs, [0])
     return outcome
 
 
@@ -220,12 +227,25 @@ def _loaded(claim: str | Path, budget: Mapping[str, Any] | None) -> Claim:
     return plan
 
 
+def _check(device: str, jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs must be a number above 0, got {jobs}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device must be one of torch, like cpu or cuda, got {device!r}") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        raise UsageError(f"device must be there, and torch finds no {kind}; see `contralto doctor`")
+
+
 def _present(plan: Claim, data: str | None, *, strict: bool = True) -> tuple[list[str], list[str]]:
     """The names of data that are there, and what is left out and why."""
     if data is not None and data not in plan.data:
         raise UsageError(f"the claim of {plan.name} runs on {' or '.join(map(repr, plan.data))}, not on {data!r}")
     lacking = {name: _lacking(plan.data[name]) for name in (plan.data if data is None else [data])}
     left_out = [f"{name}: {what} was not found under CONTRALTO_DATA" for name, what in lacking.items() if what]
+    left_out += [f"{name}: not asked for" for name in plan.data if name not in lacking]
     names = [name for name, what in lacking.items() if what is None]
     if strict and not names:
         raise DataError(f"{'; '.join(left_out)}: set CONTRALTO_DATA to the folder that holds it")
@@ -264,28 +284,38 @@ def _measure(
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     remove_leftovers(folder)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    done = dict.fromkeys(missing, 0.0)
-    with Progress(*columns, console=console, transient=True) as bar:
-        shown = bar.add_task(plan.name, total=len(missing))
-
-        def told(task: Task, share: float) -> None:
-            done[task] = share
-            bar.update(shown, completed=round(sum(done.values()), 2), description=f"{plan.name}: {task}")
-
-        cores = len(os.sched_getaffinity(0)) if all(task.device == "cpu" for task in tasks) else 1
-        failures = run_tasks(missing, jobs=min(jobs or cores, len(missing)), told=told)
-    if failures:
-        listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
-        raise ContraltoError(
-            f"{plan.name}: {len(failures)} of {len(tasks)} trainings failed; what was finished is kept:\n  "
-            + "\n  ".join(listed)
-        )
+    _train(missing, len(tasks), {plan.name: plan}, jobs, console)
     found: dict[str, dict[str, list[Any]]] = {}
     for task in tasks:
         found.setdefault(task.data, {}).setdefault(task.arm, []).append(load(task.path))
         shutil.rmtree(task.shared, ignore_errors=True)
     return found
+
+
+def _train(tasks: Sequence[Task], of: int, plans: Mapping[str, Claim], jobs: int | None, console: Console) -> None:
+    """Run what is missing of so many trainings, with a bar; failures are named when all others are done."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    done = dict.fromkeys(tasks, 0.0)
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task("", total=len(tasks))
+
+        def told(task: Task, share: float) -> None:
+            done[task] = share
+            bar.update(shown, completed=round(sum(done.values()), 2), description=str(task))
+            if share == 1 and task.path.exists():
+                check_measured(plans[task.claim], task.arm, load(task.path))  # now, not after hours
+
+        wanted = jobs or (_cores() if all(task.device == "cpu" for task in tasks) else 1)
+        failures = run_tasks(tasks, jobs=min(wanted, len(tasks)), told=told)
+    if failures:
+        listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
+        raise ContraltoError(
+            f"{len(failures)} of {of} trainings failed; what was finished is kept:\n  " + "\n  ".join(listed)
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tasks(
@@ -301,7 +331,7 @@ def _task(plan: Claim, name: str, arm: str, seed: int, budget: Mapping[str, Any]
     settings = plan.arms[arm]
     bound = fingerprint(plan.run, name, settings, budget, device.partition(":")[0])
     path = folder / _slug(name) / _slug(arm) / f"seed{seed}-{bound}.npz"
-    return Task(plan.run, name, arm, settings, budget, seed, device, path, folder / _slug(name) / "shared")
+    return Task(plan.name, plan.run, name, arm, settings, budget, seed, device, path, folder / _slug(name) / "shared")
 
 
 def _slug(name: str) -> str:

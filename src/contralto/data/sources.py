@@ -38,7 +38,10 @@ import pyarrow.parquet as pq
 
 from contralto.errors import DataError
 
-__all__ = ["Block", "ByteReader", "Record", "detect_form", "find_blocks", "read_block", "read_records"]
+__all__ = [
+    "Block", "ByteReader", "Record", "detect_form", "find_blocks", "open_filesystem", "read_block", "read_lines", "read_records",
+    "read_rows",
+]  # fmt: skip
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SIDE_SUFFIXES = (".txt", ".json", ".cls")
@@ -103,7 +106,7 @@ def detect_form(address: str) -> str:
     DataError
         If nothing is there, or nothing that can be read.
     """
-    fs, root = _filesystem(address)
+    fs, root = open_filesystem(address)
     if not fs.exists(root):
         raise DataError("there is no such file or folder", file=address)
     if fs.isfile(root):
@@ -176,7 +179,7 @@ def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
     Block
     """
     form, rows = detect_form(address), BLOCK_ROWS if rows is None else rows
-    fs, root = _filesystem(address)
+    fs, root = open_filesystem(address)
     if form in ("folder", "shards"):
         found = _folder_files(fs, root) if form == "folder" else _shard_files(fs, root)
         for part in _parts(found, rows):
@@ -189,7 +192,7 @@ def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
             yield from _group_blocks(fs, address, path, rows)
     else:
         for path in _files(fs, root, (".csv", ".jsonl", ".jsonl.gz")):
-            for part in _parts(_rows(fs, path), rows):
+            for part in _parts(read_rows(fs, path), rows):
                 yield Block(address, "table", path, items=tuple(part))
 
 
@@ -207,7 +210,7 @@ def read_block(block: Block, *, image_column: str | None = None, allow_outside: 
     Record
         With `problem` set where something is refused.
     """
-    fs, root = _filesystem(block.address)
+    fs, root = open_filesystem(block.address)
     if block.form == "files":
         for item in block.items:
             yield _file_record(fs, root, *item)
@@ -246,7 +249,7 @@ def _weight(value: Any, depth: int = 0) -> int:
 
 def root_of(address: str) -> str:
     """The folder to which the `source` of a record is relative, as an address."""
-    fs, root = _filesystem(address)
+    fs, root = open_filesystem(address)
     folder = posixpath.dirname(root) if fs.isfile(root) else root
     return str(fs.unstrip_protocol(folder)) if not _is_local(fs) else folder
 
@@ -278,7 +281,7 @@ class ByteReader:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        fs, folder = _filesystem(root)
+        fs, folder = open_filesystem(root)
         self._folder = folder if _is_local(fs) else None
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
@@ -307,7 +310,7 @@ class ByteReader:
         return data
 
     def _read_through_fsspec(self, source: str, container: str, member: str, offset: int, length: int) -> bytes:
-        fs, root = _filesystem(self.root)
+        fs, root = open_filesystem(self.root)
         path = source if _is_absolute(source) else posixpath.join(root, source)
         if container == "parquet":
             return self._cell(fs, path, member, offset)
@@ -339,7 +342,8 @@ class ByteReader:
         return bytes(value["bytes"] if isinstance(value, dict) else value)
 
 
-def _filesystem(address: str) -> tuple[Any, str]:
+def open_filesystem(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
     fs, root = fsspec.core.url_to_fs(str(address))
     return fs, str(root).rstrip("/") or "/"
 
@@ -445,7 +449,7 @@ def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
         if fs.exists(path):
             if _escapes(fs, root, path):
                 raise DataError("leads outside the data folder", file=path)
-            for row, fields in _rows(fs, path):
+            for row, fields in read_rows(fs, path):
                 if "file_name" not in fields:
                     raise DataError("has no column file_name", file=path, row=row)
                 found[posixpath.normpath(str(fields.pop("file_name")))] = fields
@@ -647,29 +651,35 @@ def _named_picture(fs: Any, base: str, name: str, fields: dict[str, Any], row: i
     return _filled(record, fs, path)
 
 
-def _rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(fs: Any, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a CSV or JSON lines, with their numbers."""
+    lines = read_lines(fs, path)
+    if path.lower().endswith(".csv"):
+        csv.field_size_limit(16 * 2**20)
+        reader = csv.DictReader(lines)
+        try:
+            for row, fields in enumerate(reader):
+                fields.pop(None, None)
+                yield row, dict(fields)
+        except csv.Error as error:
+            raise DataError(f"cannot be read as CSV ({error})", file=path, row=reader.line_num) from error
+        return
+    for row, line in enumerate(lines):
+        if line.strip():
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError("is not valid JSON", file=path, row=row) from error
+            if not isinstance(fields, dict):
+                raise DataError("is not a JSON object", file=path, row=row)
+            yield row, fields
+
+
+def read_lines(fs: Any, path: str) -> Iterator[str]:
+    """Lines of a text file, also .gz, within bounds."""
     with fs.open(path, "rb") as raw:
         stream: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-        lines = _lines(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=""), path, raw)
-        if path.lower().endswith(".csv"):
-            csv.field_size_limit(16 * 2**20)
-            reader = csv.DictReader(lines)
-            try:
-                for row, fields in enumerate(reader):
-                    fields.pop(None, None)
-                    yield row, dict(fields)
-            except csv.Error as error:
-                raise DataError(f"cannot be read as CSV ({error})", file=path, row=reader.line_num) from error
-            return
-        for row, line in enumerate(lines):
-            if line.strip():
-                try:
-                    fields = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError("is not valid JSON", file=path, row=row) from error
-                if not isinstance(fields, dict):
-                    raise DataError("is not a JSON object", file=path, row=row)
-                yield row, fields
+        yield from _lines(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline=""), path, raw)
 
 
 def _lines(text: Any, path: str, raw: Any) -> Iterator[str]:

@@ -54,12 +54,7 @@ def tap(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Base: codes (B, d) to the parameters of p(x|z), made by the layer `output` from hidden activations.
-
-    Parameters
-    ----------
-    likelihood : {"bernoulli", "gaussian"}
-        "bernoulli": values in [0, 1], the parameters are logits. "gaussian": any values, with one learnt scale for all of them.
+    """Base: codes z (B, d) to p(x|z), whose parameters the layer `output` makes of hidden activations.
 
     Attributes
     ----------
@@ -72,6 +67,38 @@ class Decoder(nn.Module):
 
     shape: tuple[int, ...]
     output: nn.Module
+    discrete: bool
+
+    @property
+    def draws(self) -> int:
+        """Uniform numbers that `sample` takes for every x."""
+        return math.prod(self.shape)
+
+    def nll(self, z: Tensor, x: Tensor) -> Tensor:
+        """``-log p(x|z)`` (B,), summed over the parts of x (B, ...)."""
+        raise NotImplementedError
+
+    def mean(self, z: Tensor) -> Tensor:
+        """What is expected of x (B, ...)."""
+        raise NotImplementedError
+
+    def sample(self, z: Tensor, uniform: Tensor) -> Tensor:
+        """Draw x ~ p(x|z) (B, ...) from uniform numbers in (0, 1) (B, draws)."""
+        raise NotImplementedError
+
+    def hidden(self, z: Tensor, x: Tensor) -> Tensor:
+        """Activations just before `output`, as one row per sample (B, H); `x` is what the codes are of."""
+        raise NotImplementedError
+
+
+class _ValueDecoder(Decoder):
+    """Base for values that are independent given the code.
+
+    Parameters
+    ----------
+    likelihood : {"bernoulli", "gaussian"}
+        "bernoulli": values in [0, 1], the parameters are logits. "gaussian": any values, with one learnt scale for all of them.
+    """
 
     def __init__(self, likelihood: Likelihood = "bernoulli") -> None:
         super().__init__()
@@ -82,13 +109,7 @@ class Decoder(nn.Module):
         if likelihood == "gaussian":
             self.log_scale = nn.Parameter(torch.zeros(()))
 
-    @property
-    def draws(self) -> int:
-        """Uniform numbers that `sample` takes for every x."""
-        return math.prod(self.shape)
-
     def nll(self, z: Tensor, x: Tensor) -> Tensor:
-        """``-log p(x|z)`` (B,), summed over the values of x (B, ...)."""
         found = self(z)
         if self.discrete:
             return F.binary_cross_entropy_with_logits(found, x, reduction="none").flatten(1).sum(1)
@@ -97,32 +118,29 @@ class Decoder(nn.Module):
         return each.flatten(1).sum(1)
 
     def mean(self, z: Tensor) -> Tensor:
-        """The expected x (B, ...)."""
         found: Tensor = self(z)
         return found.sigmoid() if self.discrete else found
 
     def sample(self, z: Tensor, uniform: Tensor) -> Tensor:
-        """Draw x ~ p(x|z) (B, ...) from uniform numbers in (0, 1) (B, draws)."""
         u = uniform.view(len(z), *self.shape)
         if self.discrete:
             return (u < self.mean(z).detach()).to(z.dtype)
         drawn: Tensor = self.mean(z) + self.log_scale.clamp_min(MIN_LOG_SCALE).exp() * torch.special.ndtri(u)
         return drawn
 
-    def summary(self, hidden: Tensor) -> Tensor:
-        """Hidden activations as one row per sample (B, H)."""
-        return hidden.flatten(1)
+    def hidden(self, z: Tensor, x: Tensor) -> Tensor:
+        return tap(self.output, lambda: self(z)).flatten(1)
 
 
-class VectorDecoder(Decoder):
+class VectorDecoder(_ValueDecoder):
     """Two hidden layers.
 
     Parameters
     ----------
     dim, hidden, width : int
         Of codes, hidden layers, and vectors.
-    likelihood
-        See `Decoder`.
+    likelihood : {"bernoulli", "gaussian"}
+        "bernoulli": values in [0, 1], the parameters are logits. "gaussian": any values, with one learnt scale for all of them.
 
     Examples
     --------
@@ -142,7 +160,7 @@ class VectorDecoder(Decoder):
         return found
 
 
-class PictureDecoder(Decoder):
+class PictureDecoder(_ValueDecoder):
     """A small map from the code, doubled by transposed convolutions until it is as large as the picture.
 
     Parameters
@@ -154,15 +172,15 @@ class PictureDecoder(Decoder):
     side : int
         Of the pictures, at least 4.
     channels : int
-    likelihood
-        See `Decoder`.
+    likelihood : {"bernoulli", "gaussian"}
+        "bernoulli": values in [0, 1], the parameters are logits. "gaussian": any values, with one learnt scale for all of them.
 
     Examples
     --------
     >>> decoder = PictureDecoder(8, 32, side=30)
     >>> decoder(torch.zeros(2, 8)).shape
     torch.Size([2, 3, 30, 30])
-    >>> decoder.summary(tap(decoder.output, lambda: decoder(torch.zeros(2, 8)))).shape
+    >>> decoder.hidden(torch.zeros(2, 8), torch.zeros(2, 3, 30, 30)).shape
     torch.Size([2, 256])
     """
 
@@ -192,6 +210,6 @@ class PictureDecoder(Decoder):
         found: Tensor = self.output(self.layers(self.start(z).view(-1, *self.first))[..., :side, :side])
         return found
 
-    def summary(self, hidden: Tensor) -> Tensor:
+    def hidden(self, z: Tensor, x: Tensor) -> Tensor:
         """The last map (B, C, side, side), averaged over the cells of a 4 x 4 grid (B, 16 C)."""
-        return F.adaptive_avg_pool2d(hidden, self.GRID).flatten(1)
+        return F.adaptive_avg_pool2d(tap(self.output, lambda: self(z)), self.GRID).flatten(1)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from contralto.cluster import has_gpus
 from contralto.encoders.pictures import PictureBlock, PictureReader
 from contralto.errors import ContraltoError
 from contralto.files import save_array, write_atomically
 from contralto.views.image import EvalView, View
 
-__all__ = ["EncodePictures", "cached_array", "encode_batches"]
+__all__ = ["EncodePictures", "cached_array", "device_of", "encode_batches"]
 
 
 def cached_array(
@@ -114,6 +115,20 @@ class EncodePictures:
     def __call__(self, block: PictureBlock) -> npt.NDArray[np.float16]:
         """Features (N, D) of the pictures of a block."""
         return self.encode(self.pictures.batches(block))
+
+
+def device_of(accelerator: str, on: str | None = None) -> str:
+    """The device for an encoder where a training has this `accelerator`; on a cluster, that of its machines.
+
+    Examples
+    --------
+    >>> device_of("cpu"), device_of("mps")
+    ('cpu', 'mps')
+    """
+    there = torch.cuda.is_available() if on is None else has_gpus(on)
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and there):
+        return "cuda"
+    return "mps" if accelerator == "mps" else "cpu"
 
 
 def encode_batches(encoder: nn.Module, batches: Iterable[Tensor], *, device: str = "cpu") -> npt.NDArray[np.float16]:

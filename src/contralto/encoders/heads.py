@@ -1,15 +1,19 @@
 """Heads: what sits on an encoder."""
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
 
-__all__ = ["Normalize", "Relation", "mlp"]
+__all__ = ["HeadKind", "Normalize", "Relation", "Reweight", "SymmetricReLU", "identity_mlp", "mlp", "projection_head"]
+
+HeadKind = Literal["none", "mlp", "mlp3", "identity_init", "fixed"]
 
 
 class Normalize(nn.Module):
@@ -117,3 +121,130 @@ class Relation(nn.Module):
         hidden = (samples @ of_sample.T).unsqueeze(1) + (prototypes @ of_prototype.T).unsqueeze(0)
         logits: Tensor = self.out(hidden.relu()).squeeze(2)
         return logits
+
+
+class SymmetricReLU(nn.Module):
+    """A soft threshold of learnt width: ``relu(x - b) - relu(-x - b)``, the identity while b = 0.
+
+    Parameters
+    ----------
+    threshold : float
+        b to begin with, one number for all features.
+
+    Examples
+    --------
+    >>> SymmetricReLU(1.0)(torch.tensor([-3.0, -0.5, 0.5, 3.0])).tolist()
+    [-2.0, 0.0, 0.0, 2.0]
+    """
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(float(threshold)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return (x - self.threshold).relu() - (-x - self.threshold).relu()
+
+
+class Reweight(nn.Module):
+    """A head without weights: feature i is scaled by ``kappa ** -i``, i = 0 .. D - 1 (Xue et al. 2024).
+
+    Training puts what the loss needs into the first features, and the last keep what it would destroy. What is used afterwards is
+    its *input*.
+
+    Parameters
+    ----------
+    dim : int
+        D.
+    kappa : float
+        Above 1. With ``kappa ** -D`` below about 1e-10, the last features learn nothing.
+    floor : float
+        The smallest factor.
+
+    Examples
+    --------
+    >>> Reweight(3, kappa=2.0)(torch.ones(1, 3))
+    tensor([[1.0000, 0.5000, 0.2500]])
+    """
+
+    weight: Tensor
+
+    def __init__(self, dim: int, kappa: float = 1.05, *, floor: float = 0.0) -> None:
+        super().__init__()
+        if not kappa > 0 or not 0 <= floor <= 1:
+            raise UsageError(f"kappa must be above 0 and floor in [0, 1], got {kappa} and {floor}")
+        power = -torch.arange(dim, dtype=torch.float64)
+        weight = (torch.tensor(float(kappa), dtype=torch.float64) ** power).clamp_min(floor)
+        self.register_buffer("weight", weight.to(torch.get_default_dtype()), persistent=False)
+        self.kappa = kappa
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return x * self.weight
+
+    def extra_repr(self) -> str:
+        """The one number."""
+        return f"dim={len(self.weight)}, kappa={self.kappa}"
+
+
+def identity_mlp(dim: int) -> nn.Sequential:
+    """Two layers with a symmetric ReLU between them that are the identity to begin with: nothing disturbs a trained encoder.
+
+    Examples
+    --------
+    >>> x = torch.randn(2, 4)
+    >>> torch.equal(identity_mlp(4)(x), x)
+    True
+    """
+    layers = nn.Linear(dim, dim), SymmetricReLU(), nn.Linear(dim, dim)
+    for layer in layers[::2]:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+def projection_head(
+    kind: HeadKind, dim: int, *, hidden: int = 2048, out: int | None = None, kappa: float = 1.05, floor: float = 0.0
+) -> nn.Module:
+    """A head by its name; one that is used in training only.
+
+    Parameters
+    ----------
+    kind : {"none", "mlp", "mlp3", "identity_init", "fixed"}
+        No head; two layers; three layers; `identity_mlp`; `Reweight`.
+    dim : int
+        Features of the encoder.
+    hidden : int
+        Width of the layers in between.
+    out : int, optional
+        Output width of "mlp" and "mlp3"; default: `dim`.
+    kappa, floor : float
+        Of "fixed".
+
+    Raises
+    ------
+    UsageError
+        If there is no such head, or it cannot have that width.
+
+    Examples
+    --------
+    >>> projection_head("fixed", 128)
+    Reweight(dim=128, kappa=1.05)
+    """
+    if kind in ("mlp", "mlp3"):
+        return mlp([dim, *[hidden] * (1 if kind == "mlp" else 2), out or dim])
+    if out not in (None, dim):
+        raise UsageError(f"a head {kind!r} keeps the width of the features ({dim}), it cannot have {out}")
+    if kind == "none":
+        return nn.Identity()
+    if kind == "identity_init":
+        return identity_mlp(dim)
+    if kind != "fixed":
+        raise UsageError(f"head must be none, mlp, mlp3, identity_init or fixed; got {kind!r}")
+    if max(kappa**-dim, floor) < 1e-12:
+        warnings.warn(
+            f"with kappa={kappa} the last of {dim} features are scaled by less than 1e-12 and learn nothing; take kappa near "
+            f"{10 ** (6 / dim):.3f}, or set a floor",
+            stacklevel=2,
+        )
+    return Reweight(dim, kappa, floor=floor)

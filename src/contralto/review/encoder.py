@@ -78,7 +78,7 @@ def write_encoder_report(
         "map": _map(embeddings, labels, classes, seed),
         "curves": _curves(run / "training" / "metrics.jsonl"),
     }
-    sheets = sheets_of([thumbnail_of(p, thumbnail) for p in pictures], thumbnail, 70)
+    sheets = sheets_of([thumbnail_of(_enlarged(p, thumbnail), thumbnail) for p in pictures], thumbnail, 70)
     html = render(
         "report_encoder",
         page,
@@ -89,6 +89,12 @@ def write_encoder_report(
     target = Path(out) if out is not None else run / "report.html"
     write_atomically(target, lambda path: path.write_text(html, encoding="utf-8"))
     return target
+
+
+def _enlarged(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """A small picture, by whole pixels."""
+    times = max(side // max(picture.shape[:2]), 1)
+    return picture.repeat(times, 0).repeat(times, 1)
 
 
 def _map(embeddings: npt.NDArray[np.float32], labels: Sequence[str], classes: list[str], seed: int) -> str:

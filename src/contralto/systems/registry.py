@@ -176,7 +176,7 @@ SYSTEMS: dict[str, System] = {
             "encoder from real images and many generated ones",
             "Do Generated Data Always Help Contrastive Learning?, ICLR 2024, arXiv 2403.12448",
             data="images, and generated images of the same kind",
-            job="contralto.pipelines.multistage:Inflated",
+            job="contralto.pipelines.inflated:Inflated",
         ),
         _encoder(
             "mcl_multistage",

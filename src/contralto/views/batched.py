@@ -30,8 +30,9 @@ __all__ = ["BatchView", "DrawViews", "Drawn", "apply_view", "draw_batch", "draw_
 ORDERS = tuple(itertools.permutations(range(4)))
 """In which the four changes of colour may come, by number."""
 TRIES = 10
-BLOCK_BYTES = 2 * 2**20
-"""Pictures of a block stay in the cache of a core while one change after the other is made."""
+BLOCK_BYTES = 8 * 2**20
+"""Pictures of a block stay in the cache while one change after the other is made; half and twice as many are 10 % slower."""
+BLUR_BLOCK = 32
 # Which of a sample's uniform numbers decides what; a new one goes to the end, so that the others stay as they are.
 _AREA, _RATIO = slice(0, TRIES), slice(TRIES, 2 * TRIES)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _GREY, _BLUR, _SIGMA, _SOLARIZE = range(20, 29)
@@ -331,6 +332,11 @@ def _unit_boxes(drawn: Drawn, sizes: Ints) -> npt.NDArray[np.float32]:
 
 def apply_view(view: BatchView, pictures: Tensor, drawn: Drawn) -> Tensor:
     """Make the pixels of a view whose parameters were drawn: uint8 (B, 3, H, W) -> float32 (B, 3, size, size), normalised."""
+    with torch.autocast(pictures.device.type, enabled=False):  # levels of 255 are more than half precision holds
+        return _apply(view, pictures, drawn)
+
+
+def _apply(view: BatchView, pictures: Tensor, drawn: Drawn) -> Tensor:
     device = pictures.device
     out = torch.empty((len(pictures), 3, view.size, view.size), device=device)
     scale = 1 / (255 * torch.tensor(view.std, device=device)).view(3, 1, 1)
@@ -425,17 +431,39 @@ def _resampling(first: Tensor, length: Tensor, side: int, view: BatchView) -> Te
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Gaussian blur with a standard deviation (N,) per picture; edges are mirrored, as in torchvision."""
-    side, wide = x.shape[-1], x.shape[-1] + 2 * radius
+    """Gaussian blur with a standard deviation (N,) per picture; edges are mirrored, as in torchvision.
+
+    Along each side a few columns at a time are the product of the pixels around them and a small matrix that holds the taps:
+    two to five times as fast as one product for all, whose matrix is mostly 0.
+    """
+    n, _, height, width = x.shape
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma[:, None]) ** 2)
     taps = taps / taps.sum(1, keepdim=True)
-    # Row i of (N, side, wide) holds the taps from column i on: rows that are one too long, cut where they are too short.
-    rows = pad(taps, (0, side)).unsqueeze(1).expand(-1, side, -1).reshape(len(x), -1)
-    matrix = rows[:, : side * wide].view(-1, 1, side, wide)
-    mirrored = torch.arange(-radius, side + radius, device=x.device).remainder(max(2 * (side - 1), 1))
-    mirrored = torch.minimum(mirrored, 2 * (side - 1) - mirrored)
-    x = torch.matmul(x.index_select(-1, mirrored), matrix.transpose(-1, -2))
-    return torch.matmul(matrix, x.index_select(-2, mirrored))
+    # Row i of the matrix holds the taps from column i on: rows that are one too long, cut where they are too short.
+    block = min(BLUR_BLOCK, max(height, width))
+    wide = block + 2 * radius
+    rows = pad(taps, (0, block)).unsqueeze(1).expand(-1, block, -1).reshape(n, -1)
+    matrix = rows[:, : block * wide].view(n, block, wide)
+    padded = x.index_select(3, _mirrored(width, radius, x.device)).view(n, 3 * height, -1)
+    out = x.new_empty(n, 3 * height, width)
+    for first in range(0, width, block):
+        end = min(first + block, width)
+        part = matrix[:, : end - first, : end - first + 2 * radius].transpose(1, 2)
+        out[:, :, first:end] = torch.bmm(padded[:, :, first : end + 2 * radius], part)
+    padded = out.view(n, 3, height, width).index_select(2, _mirrored(height, radius, x.device)).view(3 * n, -1, width)
+    matrix = matrix.repeat_interleave(3, 0)
+    out = x.new_empty(3 * n, height, width)
+    for first in range(0, height, block):
+        end = min(first + block, height)
+        part = matrix[:, : end - first, : end - first + 2 * radius]
+        out[:, first:end] = torch.bmm(part, padded[:, first : end + 2 * radius])
+    return out.view(n, 3, height, width)
+
+
+def _mirrored(side: int, radius: int, device: torch.device) -> Tensor:
+    """Which pixel stands in for each from `radius` before the first to `radius` behind the last."""
+    place = torch.arange(-radius, side + radius, device=device).remainder(max(2 * (side - 1), 1))
+    return torch.minimum(place, 2 * (side - 1) - place)
 
 
 def _integers(values: Any, shape: tuple[int, ...], name: str) -> Ints:

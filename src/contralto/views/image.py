@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 
 from contralto.data.images import load_image, open_image, orientation, oriented_size
 from contralto.errors import UsageError
+from contralto.views.colour import change_colours, rgb_to_grey
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -25,10 +26,8 @@ __all__ = [
     "OVERSAMPLING",
     "EvalView",
     "View",
-    "change_colours",
     "draw_views",
     "resize_image",
-    "rgb_to_grey",
     "strong_view",
     "view_generator",
     "weak_view",
@@ -118,11 +117,9 @@ class View:
         offset = _COLOUR_VECTORS @ (rng.normal(0, self.lighting, 3) * _COLOUR_VALUES) if self.lighting else np.zeros(3)
         out = _planes(pixels)
         if grey:
-            out = rgb_to_grey(out)[None]
+            out = rgb_to_grey(out)
         if jitter is not None:
-            out *= np.float32(1 / 255)
-            out = change_colours(out, *jitter)
-            out *= np.float32(255)
+            change_colours(out, *jitter)
         return _normalise(np.repeat(out, 3, 0) if grey else out, offset, self.mean, self.std)
 
 
@@ -268,83 +265,11 @@ def _crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[list[float], list[int]]:
+def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], list[int]]:
     low, high = max(0.0, 1 - strength), 1 + strength
     factors = rng.uniform(low, high, 3).tolist()
     hue = rng.uniform(-min(strength, 0.5), min(strength, 0.5))
-    return [*factors, hue], rng.permutation(4).tolist()
-
-
-def change_colours(image: Planes, factors: Sequence[float], order: Sequence[int]) -> Planes:
-    """Brightness, contrast, saturation and hue, in a given order; values as of torchvision's `adjust_...`, in place.
-
-    Parameters
-    ----------
-    image : float32 array (3, H, W), or (1, H, W) where all is grey
-        In [0, 1].
-    factors : four floats
-        Of brightness, contrast and saturation (1 changes nothing), and the shift of hue in turns of the colour circle.
-    order : sequence of int
-        Which of the four comes first, and so on.
-
-    Examples
-    --------
-    >>> change_colours(np.array([[[1.0]], [[0.0]], [[0.0]]], np.float32), (1, 1, 1, 1 / 3), (3,)).ravel().tolist()
-    [0.0, 1.0, 0.0]
-    """
-    for step in order:
-        factor = np.float32(factors[step])
-        if step == 0:
-            image *= factor
-        elif step == 1:
-            shift = (1 - factor) * rgb_to_grey(image).mean()
-            image *= factor
-            image += shift
-        elif len(image) == 1:
-            continue  # grey has neither saturation nor hue
-        elif step == 2:
-            grey = rgb_to_grey(image)
-            grey *= 1 - factor
-            image *= factor
-            image += grey
-        else:
-            _shift_hue(image, factors[3])
-            continue
-        np.clip(image, 0, 1, out=image)
-    return image
-
-
-def rgb_to_grey(image: Planes) -> Planes:
-    """(3, H, W) -> (H, W) with the weights of ITU-R 601; (1, H, W) is grey already."""
-    if len(image) == 1:
-        return np.asarray(image[0])
-    grey = image[0] * np.float32(0.2989)
-    grey += image[1] * np.float32(0.587)
-    grey += image[2] * np.float32(0.114)
-    return np.asarray(grey)
-
-
-def _shift_hue(image: Planes, turns: float) -> None:
-    """Hue of HSV in a few passes: a channel falls from the largest value to the least by its distance on the circle.
-
-    Everything is multiplied by the chroma, so that nothing is divided: `place` is 6 hue * chroma, in [-1, 5] chroma.
-    """
-    r, g, b = image
-    high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
-    chroma = high - low
-    chroma2, chroma3 = 2 * chroma, 3 * chroma
-    place = np.where(high == r, g - b, np.where(high == g, b - r + chroma2, r - g + 2 * chroma2))
-    top = high + chroma
-    for channel, number in ((r, 3), (g, 1), (b, -1)):
-        # From the middle of the channel's low part, in [-6, 6); its peak is 3 away, on either side.
-        distance = chroma * np.float32((number + 6 * turns + 5) % 6 - 5)
-        distance += place
-        np.abs(distance, out=distance)
-        distance -= chroma3
-        np.abs(distance, out=distance)
-        np.subtract(top, distance, out=distance)
-        np.maximum(distance, low, out=distance)
-        np.minimum(distance, high, out=channel)
+    return np.array([*factors, hue], np.float32), rng.permutation(4).tolist()
 
 
 def _normalise(

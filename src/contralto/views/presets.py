@@ -247,7 +247,7 @@ def cacr_views(
 
 def adainf_pair(
     size: int,
-    strength: Literal["weak", "strong"] = "weak",
+    strength: float | Literal["weak", "strong"] = "weak",
     *,
     learner: Literal["simclr", "moco", "byol"] = "simclr",
     mean: Colour = IMAGENET_MEAN,
@@ -258,7 +258,9 @@ def adainf_pair(
     Parameters
     ----------
     size : int
-    strength : {"weak", "strong"}
+    strength : float, "weak" or "strong"
+        "strong", or 1, is what is usual for the learner; "weak", or 0.5, is AdaInf's: the smallest crop covers 0.2 of the picture
+        instead of 0.08, colours change half as often, and for SimCLR half as much. Other numbers from 0 to 1 lie on that line.
     learner : {"simclr", "moco", "byol"}
         SimCLR and MoCo have two views of one kind; BYOL and Barlow Twins blur none and solarise the second.
     mean, std : tuple of float
@@ -268,22 +270,22 @@ def adainf_pair(
     >>> adainf_pair(32)[0].scale, adainf_pair(32, "strong")[0].scale
     ((0.2, 1.0), (0.08, 1.0))
     """
-    if strength not in ("weak", "strong") or learner not in ("simclr", "moco", "byol"):
+    share = {"weak": 0.5, "strong": 1.0}.get(strength, -1.0) if isinstance(strength, str) else strength
+    if not 0 <= share <= 1 or learner not in ("simclr", "moco", "byol"):
         raise UsageError(
-            f'strength is "weak" or "strong", learner "simclr", "moco" or "byol"; got {strength!r}, {learner!r}'
+            f'strength is "weak", "strong" or from 0 to 1, learner "simclr", "moco" or "byol"; got {strength!r}, {learner!r}'
         )
-    weak = strength == "weak"
-    if learner == "byol":
+    jitter, blur, solarize = (0.4, 0.4, 0.4, 0.1), 0.5, (0.0, 0.0)
+    if learner == "simclr":
+        jitter = (0.8 * share, 0.8 * share, 0.8 * share, 0.2 * share)
+    elif learner == "byol":
         jitter, blur, solarize = (0.4, 0.4, 0.2, 0.1), 0.0, (0.0, 0.2)
-    else:
-        strong = learner == "simclr" and not weak
-        jitter, blur, solarize = (0.8, 0.8, 0.8, 0.2) if strong else (0.4, 0.4, 0.4, 0.1), 0.5, (0.0, 0.0)
     return [
         BatchView(
             size,
-            (0.2, 1.0) if weak else (0.08, 1.0),
+            (round(0.32 - 0.24 * share, 6), 1.0),
             jitter=jitter,
-            jitter_p=0.4 if weak else 0.8,
+            jitter_p=0.8 * share,
             grey=0.2,
             blur_p=blur,
             blur_kernel=_WIDE,

@@ -13,7 +13,7 @@ from contralto.systems.selfsup.base import SelfSupervised
 from contralto.views.batched import draw_batch
 
 NAMES = [name for name, entry in SYSTEMS.items() if ".selfsup." in entry.path]
-SMALL = {"hidden": 16, "dim": 8, "queue_size": 32, "batch_size": 16, "epochs": 2}
+SMALL = {"hidden": 16, "dim": 8, "queue_size": 32, "batch_size": 16, "epochs": 2, "hardest": 4}
 WIDTH, SIZE, SAMPLES = 12, 16, 24
 
 

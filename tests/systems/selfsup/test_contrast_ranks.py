@@ -1,4 +1,4 @@
-"""SimCLR, MoCo, BYOL, DCL, iSogCLR, CACR and the losses of contrastive behaviour: two processes give what one gives; saved runs go on bit by bit."""
+"""What contrasts a batch: two processes give what one gives, and saved runs go on bit by bit."""
 
 import pytest
 import torch

@@ -1,17 +1,22 @@
 """PixPro's step against values of the official code; its order, its arms, its state."""
 
 import math
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
 from contralto.encoders.image import image_encoder
 from contralto.errors import UsageError
 from contralto.losses.pixels import pixel_contrast, positive_cells
+from contralto.pipelines.job import load_preset, presets_of
+from contralto.systems.registry import get_job
 from contralto.systems.selfsup.pixpro import PixPro
 
 with np.load(Path(__file__).parents[2] / "reference" / "pixpro.npz", allow_pickle=False) as arrays:
@@ -213,7 +218,7 @@ def test_levels_of_a_pyramid_are_averaged():
             super().__init__()
             self.first, self.second = network(), nn.Conv2d(4, 4, 3, stride=2, padding=1)
 
-        def forward_map(self, x):
+        def forward_maps(self, x):
             found = self.first(x)
             return [found, self.second(found)]
 
@@ -225,9 +230,9 @@ def test_levels_of_a_pyramid_are_averaged():
     for level in range(2):
         one = PixPro(Pyramid(), num_features=4, hidden=8, dim=6, task="contrast")
         one.load_state_dict(system.state_dict())
-        one.maps = lambda x, one=one, level=level: one.encoder.forward_map(x)[level : level + 1]
-        inner = one.key_encoder.forward_map
-        one.key_encoder.forward_map = lambda x, inner=inner, level=level: inner(x)[level : level + 1]
+        one.maps = lambda x, one=one, level=level: one.encoder.forward_maps(x)[level : level + 1]
+        inner = one.key_encoder.forward_maps
+        one.key_encoder.forward_maps = lambda x, inner=inner, level=level: inner(x)[level : level + 1]
         single.append(one.step(batch())["loss"].item())
     assert out["loss"].item() == pytest.approx(np.mean(single), rel=1e-4)
     assert system.embed(batch()["views"][0]).shape == (4, 4)
@@ -271,3 +276,81 @@ def test_what_does_not_fit_is_named():
         PixPro(image_encoder("vit_tiny_patch16_224", pretrained=False), num_features=192, hidden=8, dim=4).step(
             batch(side=224)
         )
+
+
+@pytest.mark.parametrize("name", presets_of("pixpro"))
+def test_presets_hold_arguments_that_there_are_and_train(name):
+    given = load_preset(name, "pixpro")
+    assert set(given) <= set(get_job("pixpro").parameters())
+    words = {
+        k: v
+        for k, v in given.items()
+        if k not in ("image_encoder", "image_size", "batch_size", "epochs", "hidden", "dim")
+    }
+    system = build(**words)
+    data = batch()
+    assert system.step(data)["loss"].isfinite()
+
+
+# Two processes.
+
+RANKED = ("pixpro and pictures", "pixcontrast and pictures")
+
+
+def plain(arm):
+    """Without batch norm, whose statistics are those of a rank."""
+    system = build(**ARMS[arm]).double()
+    for owner in system.modules():
+        for name, child in list(owner.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(owner, name, nn.Identity())
+    return system
+
+
+def trained(arm, n, rank=0, world=1, average=lambda x: x):
+    system, rows = plain(arm), torch.arange(n)[rank::world]
+    optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.1)
+    losses = []
+    for number in range(3):
+        whole = batch(number, n)
+        part = {k: [v[rows].double() for v in x] if isinstance(x, list) else x[rows] for k, x in whole.items()}
+        out = system.step(part)
+        out["loss"].backward()
+        for p in system.parameters():
+            if p.grad is not None:
+                p.grad = average(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        system.at_step_end()
+        losses.append(average(out["loss"].detach()))
+    return {"losses": torch.stack(losses), "state": system.state_dict()}
+
+
+def mean_over_ranks(x):
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / dist.get_world_size()
+
+
+def worker(rank, world, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    found = {f"{arm}, {n}": trained(arm, n, rank, world, mean_over_ranks) for arm in RANKED for n in (6, 7)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (2, port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for arm in RANKED:
+            for n in (6, 7):
+                alone, ours = trained(arm, n), found[f"{arm}, {n}"]
+                torch.testing.assert_close(ours["losses"], alone["losses"], rtol=1e-9, atol=1e-11)
+                for key, value in alone["state"].items():
+                    torch.testing.assert_close(ours["state"][key], value, rtol=1e-8, atol=1e-10)

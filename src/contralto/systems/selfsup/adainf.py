@@ -19,9 +19,9 @@ from contralto.data.mixture import source_shares
 from contralto.errors import UsageError
 from contralto.systems.selfsup.base import Optimizer
 from contralto.systems.selfsup.wrapped import Base, Wrapped
-from contralto.views.batched import BatchView
+from contralto.views.presets import adainf_pair
 
-__all__ = ["AdaInf", "inflated_views", "knob_grid"]
+__all__ = ["AdaInf", "knob_grid"]
 
 Triple = tuple[float, float, float]
 
@@ -45,7 +45,7 @@ class AdaInf(Wrapped):
     dup : int
         How often a real picture is drawn while a generated one is drawn once.
     strength : float
-        Of the augmentation: 1 is what is usual for the base, 0.5 AdaInf's; see `inflated_views`.
+        Of the augmentation: 1 is what is usual for the base, 0.5 AdaInf's; see `contralto.views.presets.adainf_pair`.
 
     Examples
     --------
@@ -94,7 +94,7 @@ class AdaInf(Wrapped):
 
     def views(self, size: int, mean: Triple, std: Triple) -> Sequence[Any]:
         """Two views of the wanted strength."""
-        return inflated_views(self.base, size, strength=self.strength, mean=mean, std=std)
+        return adainf_pair(size, self.strength, learner=self.base, mean=mean, std=std)
 
     def optimizers_and_schedules(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """The optimiser and its schedule; LARS as in the paper's code: a trust of 0.02, and steps no longer than SGD's."""
@@ -103,57 +103,6 @@ class AdaInf(Wrapped):
             for group in optimizer.param_groups:
                 group |= {"trust": 0.02, "larc": True, "clip": True}
         return [optimizer], schedules
-
-
-def inflated_views(
-    base: Base,
-    size: int,
-    *,
-    strength: float = 0.5,
-    mean: Triple = (0.5, 0.5, 0.5),
-    std: Triple = (0.5, 0.5, 0.5),
-) -> list[BatchView]:
-    """Two views of small pictures whose strength is one number (AdaInf 5).
-
-    At 1 they are the usual ones of the base, at 0.5 those of AdaInf: the smallest crop covers 0.2 of the picture instead of 0.08,
-    colours change half as often, and for SimCLR half as much. Grey, blur, solarisation and flips stay.
-
-    Parameters
-    ----------
-    base : {"simclr", "moco", "byol"}
-    size : int
-        Side in pixels.
-    strength : float
-        From 0 to 1.
-    mean, std : tuple of float
-
-    Examples
-    --------
-    >>> weak, usual = inflated_views("simclr", 32)[0], inflated_views("simclr", 32, strength=1.0)[0]
-    >>> weak.jitter, weak.jitter_p, weak.scale
-    ((0.4, 0.4, 0.4, 0.1), 0.4, (0.2, 1.0))
-    >>> usual.jitter, usual.jitter_p, usual.scale
-    ((0.8, 0.8, 0.8, 0.2), 0.8, (0.08, 1.0))
-    """
-    colours = {"simclr": (0.8, 0.8, 0.8, 0.2), "moco": (0.4, 0.4, 0.4, 0.1), "byol": (0.4, 0.4, 0.2, 0.1)}[base]
-    share = strength if base == "simclr" else 1.0
-    brightness, contrast, saturation, hue = (share * c for c in colours)
-    asymmetric = base == "byol"
-    return [
-        BatchView(
-            size,
-            scale=(round(0.08 + 0.24 * (1 - strength), 6), 1.0),
-            jitter=(brightness, contrast, saturation, hue),
-            jitter_p=0.8 * strength,
-            grey=0.2,
-            blur_p=0.0 if asymmetric else 0.5,
-            solarize_p=0.2 if asymmetric and second else 0.0,
-            interpolation="bicubic",
-            mean=mean,
-            std=std,
-        )
-        for second in (False, True)
-    ]
 
 
 def knob_grid(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
-from contralto.encoders.decoders import Decoder, Likelihood, PictureDecoder, VectorDecoder, tap
+from contralto.distributed import gather_with_gradient, mean_weight
+from contralto.encoders.decoders import Decoder, Likelihood, PictureDecoder, VectorDecoder
 from contralto.errors import DataError, UsageError
 from contralto.losses.information import (
     LatentScaling,
@@ -159,12 +160,13 @@ class CMIM(SelfSupervised):
         self._check_range(x, batch)
         nll = self.decoder.nll(z, x)
         mode: Literal["vae", "amim"] = "vae" if self.mode == "vae" else "amim"
-        loss = latent_loss(nll, z, mean, log_scale, mode=mode, scaling=self.scaling).mean()
-        contrast = code_contrast(z, temperature=self.temperature)
+        own = latent_loss(nll, z, mean, log_scale, mode=mode, scaling=self.scaling)
+        if self.mode == "smim":
+            own = own + self._own_samples(batch["index"], mean)
+        loss = own.mean() * mean_weight(torch.tensor(len(z), device=z.device))
+        contrast = code_contrast(gather_with_gradient(z), temperature=self.temperature)  # codes of all ranks
         if self.mode == "cmim":
             loss = loss + contrast
-        if self.mode == "smim":
-            loss = loss + self._own_samples(batch["index"], mean).mean()
         told = {
             "nll": nll, "log_q": gaussian_log_density(z, mean, log_scale), "log_prior": gaussian_log_density(z),
             "contrast": contrast, "cosine": _mean_cosine(z),
@@ -233,7 +235,8 @@ class CMIM(SelfSupervised):
 
     def _contrast_of_views(self, views: list[Tensor]) -> dict[str, Tensor]:
         features, mean, _ = self.encode(torch.cat(views))
-        loss = nt_xent(*mean.chunk(2), temperature=self.temperature)
+        z0, z1 = (gather_with_gradient(z) for z in mean.chunk(2))
+        loss = nt_xent(z0, z1, temperature=self.temperature)
         return {"loss": loss, "features": features[: len(views[0])].detach()}
 
     # What is used afterwards.
@@ -244,8 +247,7 @@ class CMIM(SelfSupervised):
 
     def informative(self, x: Tensor) -> Tensor:
         """Hidden activations (N, H) of the decoder just before its output, at the mean of the code."""
-        mean = self.mean_code(x)
-        return self.decoder.summary(tap(self.decoder.output, lambda: self.decoder(mean)))
+        return self.decoder.hidden(self.mean_code(x), x)
 
     def embed(self, x: Tensor) -> Tensor:
         """The informative embedding, or the mean of the code where `use` says so or no decoder was trained."""

@@ -164,11 +164,13 @@ class ISogCLR(SelfSupervised):
         """The momentum network moves first, the keys go into the queue last."""
         momentum_update(self.key_network, nn.Sequential(self.encoder, self.projector), self.decay)
         features = self.encoder(views[0])
-        query = F.normalize(gather_with_gradient(self.projector(features)), dim=1)
+        query = gather_with_gradient(self.projector(features))
         with torch.no_grad():
-            key = F.normalize(gather_rows(self.key_network(views[1])), dim=1)
-        own = (query * key).sum(1, keepdim=True)
-        cosine = torch.cat([own, query @ self.queue.read().to(query.dtype).T], 1)
+            key = gather_rows(self.key_network(views[1]))
+        with torch.autocast(query.device.type, enabled=False):  # cosines over small temperatures
+            past = self.queue.read()
+            query, key = F.normalize(query.to(past.dtype), dim=1), F.normalize(key.to(past.dtype), dim=1)
+            cosine = torch.cat([(query * key).sum(1, keepdim=True), query @ past.T], 1)
         loss, after = queue_global_contrast(cosine, state, rule, official=self.official)
         self.queue.enqueue(key)
         return features, loss, after

@@ -15,9 +15,12 @@ arXiv 2402.11816. The official code has the arm for CLIP only; the one for SimCL
 """
 
 import copy
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +28,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contralto.data.dataset import Batch
+from contralto.distributed import gather_with_gradient
 from contralto.encoders.image import freeze
 from contralto.errors import UsageError
+from contralto.files import naming, save_array, write_json
+from contralto.losses.pairs import clip
 from contralto.neighbors.kmeans import kmeans
 from contralto.neighbors.knn import unit_rows
-from contralto.systems.selfsup.base import Optimizer
+from contralto.systems.selfsup.base import Optimizer, SelfSupervised
 from contralto.systems.selfsup.wrapped import Base, Wrapped
 
 __all__ = [
-    "Init", "MultiStage", "Stage", "extend_codes", "first_weights", "integrate", "pool_report", "stage_seed",
-    "train_in_stages", "zero_shot",
-]  # fmt: skip
+    "DualStage",
+    "DualStages",
+    "Init",
+    "MultiStage",
+    "Stage",
+    "extend_codes",
+    "first_weights",
+    "integrate",
+    "pool_report",
+    "stage_seed",
+    "train_in_stages",
+    "zero_shot",
+]
 
 Integers = npt.NDArray[np.int64]
 Init = Literal["fresh", "base", "previous"]
@@ -131,13 +148,130 @@ class MultiStage(Wrapped):
         parts = [encoder(x) for encoder in self.earlier]
         return integrate([*parts, self.learner.embed(x)], unit_stages=self.unit_stages)
 
-    def to_cluster(self, x: Tensor) -> Tensor:
-        """What the samples are clustered by (N, D): features of this stage alone, or their projections."""
-        features = self.learner.embed(x)
+    def to_cluster(self) -> nn.Module:
+        """What gives the rows by which samples are clustered: the encoder of this stage alone, or with its projector."""
         if self.cluster_on == "features":
-            return features
-        projections: Tensor = self.learner.projector(features)  # type: ignore[operator]
-        return projections
+            return nn.Sequential(self.encoder)
+        assert isinstance(self.learner.projector, nn.Module)
+        return nn.Sequential(self.encoder, self.learner.projector)
+
+
+class DualStage(SelfSupervised):
+    """One stage of the CLIP form: image and text find each other in the batch, at a constant rate after a warm-up (card 6).
+
+    Its two `views` are an image and a text as `encode_image` and `encode_text` take them. The factor of the cosines is learnt
+    as a logarithm in [0, ln 100]; it is the `logit_scale` of the dual encoder, if it has one.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Dual encoder with `encode_image` and `encode_text`, whose parameters that must not learn require no gradient.
+    num_features : int
+        Width of the joint space.
+    num_samples, steps_per_epoch, seed, epochs, batch_size, optimizer, lr, weight_decay
+        See `SelfSupervised`.
+    warmup : int
+        Steps.
+
+    Examples
+    --------
+    >>> class Dual(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.encode_image, self.encode_text = nn.Linear(8, 4), nn.Linear(6, 4)
+    >>> stage = DualStage(Dual(), num_features=4)
+    >>> sorted(stage.step({"views": [torch.randn(5, 8), torch.randn(5, 6)], "index": torch.arange(5)}))
+    ['features', 'loss', 'scale']
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        num_features: int,
+        num_samples: int = 0,
+        steps_per_epoch: int = 1,
+        seed: int = 0,
+        epochs: int = 20,
+        batch_size: int = 1000,
+        optimizer: Optimizer = "adamw",
+        lr: float = 5e-4,
+        weight_decay: float = 0.2,
+        warmup: int = 600,
+    ) -> None:
+        super().__init__(
+            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
+            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay,
+            warmup_epochs=warmup / steps_per_epoch, final_lr=lr,
+        )  # fmt: skip
+        given = getattr(encoder, "logit_scale", None)
+        self.own_scale = None if isinstance(given, nn.Parameter) else nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    @property
+    def log_scale(self) -> Tensor:
+        """Logarithm of the factor of the cosines."""
+        scale = self.encoder.logit_scale if self.own_scale is None else self.own_scale
+        assert isinstance(scale, Tensor)
+        return scale
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Half the sum of both directions, over the pairs of all ranks."""
+        images, texts = self.checked(batch, 2)
+        encoder: Any = self.encoder
+        image, text = encoder.encode_image(images), encoder.encode_text(texts)
+        scale = self.log_scale.exp()
+        loss = clip(gather_with_gradient(image), gather_with_gradient(text), temperature=1 / scale)
+        return {"loss": loss, "features": image.detach(), "scale": scale.detach()}
+
+    def at_step_end(self) -> None:
+        """Keep the logarithm of the scale in its range."""
+        with torch.no_grad():
+            self.log_scale.clamp_(0, math.log(100))
+        super().at_step_end()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Raw image embeddings (N, D)."""
+        encoder: Any = self.encoder
+        embeddings: Tensor = encoder.encode_image(x)
+        return embeddings
+
+
+class DualStages(nn.Module):
+    """Dual encoders of several stages as one.
+
+    Parameters
+    ----------
+    encoders : sequence of nn.Module
+        With `encode_image` and `encode_text`.
+
+    Examples
+    --------
+    >>> class Dual(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.encode_image, self.encode_text = nn.Linear(8, 4), nn.Linear(6, 4)
+    >>> dual = DualStages([Dual(), Dual()])
+    >>> dual.encode_image(torch.randn(5, 8)).shape, dual.zero_shot(torch.randn(5, 8), torch.randn(3, 6)).shape
+    (torch.Size([5, 8]), torch.Size([5, 3]))
+    """
+
+    def __init__(self, encoders: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Raw embeddings of all stages side by side (N, sum of D_s)."""
+        parts: list[Any] = list(self.encoders)
+        return integrate([e.encode_image(images) for e in parts])
+
+    def encode_text(self, texts: Tensor) -> Tensor:
+        """Raw embeddings of all stages side by side (N, sum of D_s)."""
+        parts: list[Any] = list(self.encoders)
+        return integrate([e.encode_text(texts) for e in parts])
+
+    def zero_shot(self, images: Tensor, texts: Tensor, *, scale: float = 100.0) -> Tensor:
+        """Probabilities (N, C) of the texts for every image, see `zero_shot`."""
+        return zero_shot([self.encode_image(images)], [self.encode_text(texts)], scale=scale)
 
 
 def check_stages(stages: int, clusters: int, init: str = "fresh") -> None:
@@ -204,8 +338,8 @@ def pool_report(codes: npt.ArrayLike, batch_size: int, embeddings: npt.ArrayLike
     -------
     dict
         `codes`: how many there are; `full_codes`: with at least one batch; `covered`: share of the samples in full batches of
-        one pass; and of the embeddings, `cosine_within`: expected mean over two samples of a batch, which should be high;
-        `cosine`: over any two samples.
+        one pass; and of the embeddings, `cosine`: mean over any two samples; `cosine_within`: over two of a full batch, if there
+        is one, which should be higher.
 
     Examples
     --------
@@ -226,7 +360,8 @@ def pool_report(codes: npt.ArrayLike, batch_size: int, embeddings: npt.ArrayLike
         np.add.at(sums, kind, unit)
         within = ((sums**2).sum(1) - size) / np.maximum(size * (size - 1), 1)  # over ordered pairs of two samples
         some = (batches > 0) & (size > 1)
-        report["cosine_within"] = float(np.average(within[some], weights=batches[some])) if some.any() else float("nan")
+        if some.any():
+            report["cosine_within"] = float(np.average(within[some], weights=batches[some]))
         n = len(unit)
         report["cosine"] = float(((unit.sum(0) ** 2).sum() - n) / max(n * (n - 1), 1))
     return report
@@ -343,6 +478,7 @@ def train_in_stages(
     clusters: int,
     batch_size: int,
     seed: int = 0,
+    keep: Path | None = None,
 ) -> list[Stage[Learnt]]:
     """The method, for any learner (card 10): train, embed all samples, cluster, and train on batches of one code each.
 
@@ -358,6 +494,9 @@ def train_in_stages(
         Of all ranks, for the report.
     seed : int
         Of the clusters.
+    keep : Path, optional
+        A folder of this training alone: codes are kept in it, and read where they are there, so that an interrupted training
+        goes on with the same ones.
 
     Returns
     -------
@@ -381,7 +520,30 @@ def train_in_stages(
     for stage in range(stages):
         found.append(Stage(train(stage, codes, [s.learnt for s in found]), codes, report))
         if stage < stages - 1:
-            rows = np.asarray(embed(found[-1].learnt))
-            codes = extend_codes(codes, kmeans(rows, clusters, seed=stage_seed(seed, stage)).labels, clusters)
-            report = pool_report(codes, batch_size, rows)
+            codes, report = _codes(stage, lambda: embed(found[-1].learnt), codes, clusters, batch_size, seed, keep)
     return found
+
+
+def _codes(
+    stage: int,
+    embed: Callable[[], npt.ArrayLike],
+    codes: Integers | None,
+    clusters: int,
+    batch_size: int,
+    seed: int,
+    keep: Path | None,
+) -> tuple[Integers, dict[str, float]]:
+    """Codes after a stage and what they leave for the next one, from the folder if they are there."""
+    path = None if keep is None else keep / f"codes{stage}.npy"
+    if path is not None and path.exists():
+        with naming(path):
+            return np.load(path, allow_pickle=False), dict(json.loads(path.with_suffix(".json").read_text("utf-8")))
+    rows = np.asarray(embed())
+    labels = kmeans(rows, clusters, seed=stage_seed(seed, stage)).labels
+    codes = extend_codes(codes, labels, clusters)
+    report = pool_report(codes, batch_size, rows)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.with_suffix(".json"), report)
+        save_array(codes, path)
+    return codes, report

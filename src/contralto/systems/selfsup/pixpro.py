@@ -38,8 +38,8 @@ class PixPro(SelfSupervised):
     Parameters
     ----------
     encoder : nn.Module
-        With ``forward_map(x)``, a map (B, num_features, h, w) or a list of maps of one width (a pyramid, whose levels' losses are
-        averaged); without that method, the encoder itself must give the map.
+        With ``forward_map(x)`` for a map (B, num_features, h, w), or ``forward_maps(x)`` for several of one width (a pyramid, the
+        losses of whose levels are averaged); without either, the encoder itself must give the map.
     num_features, ..., start_lr, final_lr
         See `SelfSupervised`. The paper's rate is ``batch_size / 256`` with LARS.
     hidden, dim : int
@@ -222,14 +222,14 @@ class PixPro(SelfSupervised):
             there, back = (_among_all(y, x, self.instance_temperature) for y, x in pairs)
             return (there + back) / 2
         pairs = ((self.predictor(y0).mean((2, 3)), x1), (self.predictor(y1).mean((2, 3)), x0))
-        there, back = (F.cosine_similarity(y.float(), x.float(), dim=1).mean() for y, x in pairs)
+        there, back = (F.cosine_similarity(_wide(y), _wide(x), dim=1).mean() for y, x in pairs)
         return -self.scale * (there + back)
 
 
 def _maps(encoder: nn.Module, x: Tensor, channels: int) -> list[Tensor]:
-    forward: Any = getattr(encoder, "forward_map", encoder)
-    found = forward(x)
-    maps = list(found) if isinstance(found, list | tuple) else [found]
+    several: Any = getattr(encoder, "forward_maps", None)
+    one: Any = getattr(encoder, "forward_map", encoder)
+    maps: list[Tensor] = list(several(x)) if several is not None else [one(x)]
     for cells in maps:
         if cells.ndim != 4 or cells.shape[1] != channels:
             raise UsageError(
@@ -237,6 +237,11 @@ def _maps(encoder: nn.Module, x: Tensor, channels: int) -> list[Tensor]:
                 f"take a convolutional one with a method forward_map, such as those of contralto.encoders.image"
             )
     return maps
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In single precision at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:

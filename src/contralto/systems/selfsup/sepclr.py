@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.dataset import Batch
+from contralto.distributed import gather_rows, gather_with_gradient
 from contralto.encoders.heads import mlp
 from contralto.errors import DataError, UsageError
 from contralto.losses.kernels import alignment, attribute_alignment, joint_entropy, uniformity
@@ -175,13 +176,15 @@ class SepCLR(SelfSupervised):
             raise UsageError("SepCLR with attributes needs 'attributes' in every batch")
         target = self._target(batch)
         features = self.encoder(torch.cat(views))
-        common = self.common_head(self.to_common(features)).chunk(2)
+        heads = self.common_head(self.to_common(features)).chunk(2)
         shown = views[:1] if self.attributes else views
-        salient = self.salient_head(self.to_salient(self.salient_encoder(torch.cat(shown)))).chunk(len(shown))
+        others = self.salient_head(self.to_salient(self.salient_encoder(torch.cat(shown)))).chunk(len(shown))
+        common, salient = ([gather_with_gradient(h) for h in several] for several in (heads, others))  # of all ranks
+        member = gather_rows(target)
         if self.attributes:
-            out = self.attribute_losses(common, salient[0], target, batch["attributes"])
+            out = self.attribute_losses(common, salient[0], member, gather_rows(batch["attributes"]))
         else:
-            out = self.losses(common, salient, target)
+            out = self.losses(common, salient, member)
         return out | {"features": features[: len(target)].detach()}
 
     def losses(self, common: Sequence[Tensor], salient: Sequence[Tensor], target: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ deviation of the red channel in its normalisation (0.228 instead of 0.229) is no
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from contralto.losses.swapped import swapped_prediction
 from contralto.memory.past import PastViews
 from contralto.prototypes.layer import PrototypeLayer
 from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.views.batched import BatchView
 
 __all__ = ["SwAV", "perplexity"]
 
@@ -143,7 +143,9 @@ class SwAV(SelfSupervised):
             raise UsageError(f"queue_size must be 0 or at least a batch ({batch_size}), got {queue_size}")
         self.queue = PastViews(2, kept, dim) if kept else None
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """Two large crops, and the small ones."""
         from contralto.views.presets import multi_crop
 

@@ -80,7 +80,7 @@ class Wrapped(SelfSupervised):
             self.learner = BYOL(encoder, decay=decay, **shared)
         else:
             raise UsageError(f"base must be simclr, moco or byol; got {base!r}")
-        self.base = base
+        self.base: Base = base
         del self._modules["encoder"]  # it is the learner's: one module under two names would be saved twice
 
     @property
