@@ -364,7 +364,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The table of docs/contrast.md: the engine, and how many times as long and how much memory others take."""
-    head = "| loss | pairs | contralto, ms (range) | over the products | MiB | plain PyTorch | others |"
+    head = "| loss | pairs | contralto, ms (range) | over the products | MiB | plain PyTorch: times as long, memory | others |"
     lines = [head, "|---|--:|--:|--:|--:|--:|---|"]
     for loss, name in NAMES.items():
         for n in sorted({r["n"] for r in rows}):
