@@ -316,6 +316,12 @@ COLOURS = {
 }  # fmt: skip
 
 
+LABELS = {
+    "floor": "the products alone", "plain": "plain PyTorch", "contrast": "contralto, general form",
+    "pytorch-metric-learning": "pytorch-metric-learning (beyond the scale)",
+}  # fmt: skip
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Time over that of the plain form, and memory, by the number of pairs."""
     import matplotlib as mpl
@@ -330,10 +336,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             timed = [r for r in mine if "wall_over_floor" in r or (form == "floor" and "wall_ms_range" in r)]
             there = [r for r in mine if "extra_mib" in r and form != "floor"]
             style = {"color": COLOURS[form], "marker": "o", "ms": 4, "lw": 2.4 if form == "contralto" else 1.4}
-            time_axis.plot([r["n"] for r in timed], [r.get("wall_over_floor", 1.0) for r in timed], label=form, **style)
+            ratios = [r.get("wall_over_floor", 1.0) for r in timed]
+            time_axis.plot([r["n"] for r in timed], ratios, label=LABELS.get(form, form), **style)
             memory_axis.plot([r["n"] for r in there], [r["extra_mib"] for r in there], **style)
             ended = [r for r in mine if "failed" in r]
-            if there and ended and form != "plain":
+            if there and ended:
                 memory_axis.plot([there[-1]["n"]], [there[-1]["extra_mib"]], "x", color=COLOURS[form], ms=9, mew=2)
             if not mine:
                 time_axis.lines[-1].remove()
@@ -348,32 +355,50 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.minorticks_off()
     sizes = sorted({r["n"] for r in rows})
-    axes[1, 0].set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45)
+    for axis in axes[1]:
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45)
     axes[0, 0].set_ylabel("time, over that of the products alone")
     axes[1, 0].set_ylabel("memory beyond the inputs, MiB")
     figure.savefig(path, dpi=130)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for docs/contrast.md."""
-    lines = [
-        "| loss | pairs | form | wall, ms (range) | over plain | over products | memory, MiB |",
-        "|---|--:|---|--:|--:|--:|--:|",
-    ]
-    for r in rows:
-        if r["form"] == "floor" or r["n"] not in (64, 512, 1024, 4096, 16384, LARGE):
-            continue
-        if "failed" in r:
-            more = "not installed" if "No module" in r["failed"] else f"more than {LIMIT_GIB} GiB"
-            cells = [more, "", "", ""]
-        else:
-            spread = "-".join(f"{x:,.3g}" if x < 100 else f"{x:,.0f}" for x in r.get("wall_ms_range", []))
-            wall = f"{r['wall_ms']:,.3g}" if r["wall_ms"] < 100 else f"{r['wall_ms']:,.0f}"
-            ratios = [f"{r[k]:.2f}" if k in r else "" for k in ("wall_over_plain", "wall_over_floor")]
-            cells = [f"{wall} ({spread})" if spread else wall, *ratios, f"{r['extra_mib']:,.0f}"]
-        form = f"**{r['form']}**" if r["form"] == "contralto" else r["form"]
-        lines.append(f"| {NAMES[r['loss']]} | {r['n']:,} | {form} | " + " | ".join(cells) + " |")
+    """The table of docs/contrast.md: the engine, and how many times as long and how much memory others take."""
+    head = "| loss | pairs | contralto, ms (range) | over the products | MiB | plain PyTorch: times as long, memory | others |"
+    lines = [head, "|---|--:|--:|--:|--:|--:|---|"]
+    for loss, name in NAMES.items():
+        for n in sorted({r["n"] for r in rows}):
+            here = {r["form"]: r for r in rows if (r["loss"], r["n"]) == (loss, n)}
+            if "contralto" not in here:
+                continue
+            ours, products = here["contralto"], here.get("floor")
+            spread = "-".join(_short(x) for x in ours.get("wall_ms_range", []))
+            cells = [
+                f"{_short(ours['wall_ms'])} ({spread})" if spread else _short(ours["wall_ms"]),
+                f"{ours['wall_over_floor']:.2f}" if products else "",
+                f"{ours['extra_mib']:,.0f}",
+                _beside(here["plain"], ours),
+                "; ".join(
+                    f"{form} {_beside(r, ours)}"
+                    for form, r in here.items()
+                    if form not in ("floor", "plain", "contralto", "contrast")
+                ),
+            ]
+            lines.append(f"| {name} | {n:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _beside(row: dict[str, Any], ours: dict[str, Any]) -> str:
+    if "failed" in row:
+        return "not installed" if "No module" in row["failed"] else f"over {LIMIT_GIB} GiB"
+    ratio = row["wall_over_floor"] / ours["wall_over_floor"]
+    return (
+        f"{ratio:.2f} x, {row['extra_mib']:,.0f} MiB" if ratio < 10 else f"{ratio:.0f} x, {row['extra_mib']:,.0f} MiB"
+    )
+
+
+def _short(x: float) -> str:
+    return f"{x:,.3g}" if x < 1000 else f"{x:,.0f}"
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def test_a_temperature_stays_within_its_bounds_and_comes_back(by, start, goal, e
         (temperature() - goal).abs().backward()
         optimizer.step()
 
-    for _ in range(300):
+    for _ in range(2000):
         step(goal)
     assert temperature().item() == pytest.approx(ends)
     for _ in range(3000):
