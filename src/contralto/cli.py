@@ -198,10 +198,11 @@ def evaluate(
 
     from contralto.data.ingest import ingest
     from contralto.evaluation.classification import accuracy_interval
-    from contralto.pipelines.embedding import Embedder, load
+    from contralto.pipelines.loading import load
+    from contralto.systems.webly.model import WebClassifier
 
     model = load(run)
-    if isinstance(model, Embedder):
+    if not isinstance(model, WebClassifier):
         return _evaluate_encoder(model, data, label_column, image_column, group_column, split, show)
     if model.multilabel:
         return _evaluate_sets(model, data, label_column, image_column, split, show)
@@ -328,7 +329,7 @@ def predict(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.pipelines.embedding import load
+    from contralto.pipelines.loading import load
 
     model, target = load(run), out or Path("predictions.parquet")
     applied = apply_model(model, data, target, threshold=threshold, image_column=image_column, on=on)
@@ -362,7 +363,7 @@ def embed(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.pipelines.embedding import load
+    from contralto.pipelines.loading import load
 
     model, target = load(run), out or Path("embeddings.parquet")
     applied = apply_model(model, data, target, task="embed", image_column=image_column, on=on)

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from contralto.errors import DataError, UsageError
-from contralto.pipelines.embedding import evaluate_encoder, load
+from contralto.pipelines.embedding import evaluate_encoder
+from contralto.pipelines.loading import load
 from contralto.systems.registry import get_job
 from contralto.systems.selfsup.adainf import AdaInf
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from contralto.errors import DataError, UsageError
-from contralto.pipelines.embedding import load
+from contralto.pipelines.loading import load
 from contralto.systems.registry import get_job
 
 from tests.conftest import COLOURS, picture

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from contralto.cli import main
 from contralto.encoders.image import image_encoder
 from contralto.errors import UsageError
-from contralto.pipelines.embedding import load
+from contralto.pipelines.loading import load
 from contralto.pipelines.multistage import fit_dual_stages
 from contralto.systems.registry import get_job
 from contralto.systems.selfsup.mcl_multistage import DualStage, DualStages, MultiStage
