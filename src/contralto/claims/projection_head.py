@@ -3,11 +3,11 @@
     contralto reproduce projection_head
 
 Two handwritten digits of scikit-learn side by side, drawn independently: real pictures (8 x 16) with two known features. Views:
-each digit shifted by up to a pixel, contrast 0.7 to 1.3, noise 0.1; the *left* digit is blanked with probability p in each view. 1,200
-digits for training, 597 for testing, never mixed. Encoder Linear 128 - batch norm - ReLU - Linear 128; heads: mlp 128-128-64, fixed with
-kappa 1.05, none; NT-Xent at 0.5, Adam at 1e-3, weight decay 1e-6, batch 128, 500 steps: the card's recipe. Measures: logistic
-probes (C 0.1, 600 standardised pairs) for the left and the right digit, and the effective rank, at the layer of the arm; the two
-layers of one model are two arms that train the same model.
+each digit shifted by up to a pixel, contrast 0.7 to 1.3, noise 0.1; the *left* digit is blanked with probability p in each
+view. 1,200 digits for training, 597 for testing, never mixed. Encoder Linear 128 - batch norm - ReLU - Linear 128; heads: mlp
+128-128-64, fixed with kappa 1.05, none; NT-Xent at 0.5, Adam at 1e-3, weight decay 1e-6, batch 128, 500 steps: the card's
+recipe. Measures: logistic probes (C 0.1, 600 standardised pairs) for the left and the right digit, and the effective rank,
+at the layer of the arm; the two layers of one model are two arms that train the same model.
 
 A fixed head is invertible, so its features are compared with those of *none*, not with what is behind it. The *untrained* encoder
 knows the left digit best: training can only destroy it here, and a head protects it.
@@ -50,9 +50,7 @@ def pair_views(left: Tensor, right: Tensor, generator: torch.Generator, blank: f
     torch.Size([5, 128])
     """
     there = torch.rand(len(left), 1, generator=generator) >= blank
-    moved = [
-        digit_views(x, generator, degrees=0.0, scale=0.0, noise=0.0, contrast=(0.7, 1.3)) for x in (left, right)
-    ]
+    moved = [digit_views(x, generator, degrees=0.0, scale=0.0, noise=0.0, contrast=(0.7, 1.3)) for x in (left, right)]
     clean = pairs(moved[0] * there, moved[1])
     return clean + 0.1 * torch.randn(clean.shape, generator=generator)
 
@@ -102,10 +100,10 @@ def run(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128))
-    head = {"hidden": 128, "dim": 64} if arm["head"] == "mlp" else {}
     system = ProjectionHead(
-        encoder, num_features=128, seed=seed, epochs=int(arm.get("steps", budget["steps"])), head=arm["head"], **head
-    )
+        encoder, num_features=128, seed=seed, epochs=int(arm.get("steps", budget["steps"])), head=arm["head"], hidden=128,
+        dim=64 if arm["head"] == "mlp" else None,
+    )  # fmt: skip
     pretrain(system, make, device=device)
     if progress is not None:
         progress(0.9)

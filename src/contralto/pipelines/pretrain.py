@@ -252,11 +252,9 @@ class Pretraining:
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
         dataset = self.dataset(module.encoder.size)  # type: ignore[arg-type]
+        settings = {"collate_fn": as_it_is} | self.order(module)
         return DataLoader(
-            dataset,
-            num_workers=0 if dataset.cache is not None else self.arguments["workers"],
-            collate_fn=as_it_is,
-            **self.order(module),
+            dataset, num_workers=0 if dataset.cache is not None else self.arguments["workers"], **settings
         )
 
     def order(self, module: SelfSupervised) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class SentenceJob:
             _Sentences(numbers),
             batch_size=batch,
             sampler=EpochSampler(len(kept), seed=seed),
-            collate_fn=as_it_is,  # type: ignore[arg-type]  # batches come whole
+            collate_fn=as_it_is,  # batches come whole
             drop_last=True,
         )
         module = build(self.system, a, vocabulary, num_samples=len(kept), steps_per_epoch=len(kept) // batch)

@@ -10,7 +10,14 @@ from contralto.systems.selfsup.deepcluster import DeepClusterV2
 
 
 def tiny(**options):
-    settings = {"num_samples": 20, "steps_per_epoch": 2, "hidden": 7, "dim": 5, "num_prototypes": [4, 3], "batch_size": 8}
+    settings = {
+        "num_samples": 20,
+        "steps_per_epoch": 2,
+        "hidden": 7,
+        "dim": 5,
+        "num_prototypes": [4, 3],
+        "batch_size": 8,
+    }
     settings |= {"optimizer": "adam", "lr": 0.01, "warmup_epochs": 0, "weight_decay": 0.1}
     return DeepClusterV2(nn.Linear(6, 8), num_features=8, **(settings | options))
 
@@ -58,7 +65,7 @@ def test_a_step_is_the_cross_entropy_of_the_nearest_centroids():
         assert torch.equal(system.clusters[head, :16], nearest)
         assert (system.clusters[head, 16:] == -100).all()
         assert len(nearest.unique()) == len(layer.weight)
-        logits = (z @ layer.weight.T / 0.1).log_softmax(1).reshape(3, 8, -1)
+        logits = (z.detach() @ layer.weight.T / 0.1).log_softmax(1).reshape(3, 8, -1)
         for v in range(3):
             for b in range(8):
                 total -= float(logits[v, b, nearest[data["index"][b]]]) / (2 * 3 * 8)

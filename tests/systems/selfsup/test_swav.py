@@ -74,6 +74,19 @@ def test_some_steps_equal_the_official_code(case, options):
         torch.testing.assert_close(state[ours], ref(f"{case}_final_{theirs}"), rtol=1e-8, atol=1e-10, msg=ours)
 
 
+def test_schedules_equal_the_official_code():
+    warm = {"lr": 4.8, "start_lr": 0.3, "final_lr": 0.0048, "steps_per_epoch": 4, "epochs": 10, "warmup_epochs": 2}
+    cold = {"lr": 0.6, "start_lr": 0.0, "final_lr": 0.0006, "steps_per_epoch": 5, "epochs": 4, "warmup_epochs": 0}
+    for case, options in (("sched_a", warm), ("sched_b", cold)):
+        [optimizer], [schedule] = tiny(optimizer="sgd", **options).optimizers_and_schedules()
+        rates = []
+        for _ in ref(case):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), ref(case), rtol=1e-8, atol=1e-10)
+
+
 def tiny(**options):
     settings = {"hidden": 7, "dim": 5, "num_prototypes": [6], "freeze_steps": 0, "batch_size": 8, "steps_per_epoch": 4}
     return SwAV(nn.Linear(6, 8), num_features=8, **(settings | options))
