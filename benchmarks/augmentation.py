@@ -1,6 +1,6 @@
 """Two views of each picture per second, beside the loaders of other libraries on the same pictures.
 
-    CONTRALTO_DATA=... python benchmarks/augmentation.py [out.json] [--rounds 5]
+    CONTRALTO_DATA=... python benchmarks/augmentation.py [out.json] [--rounds 3]
 
 SimCLR's views (crop of 8 to 100 %, flip, colours, grey, from 64 pixels on a blur half the time, normalised) of three kinds of
 pictures: CIFAR-10 as an array in memory, as torchvision's data set holds it; photographs of 64 pixels and of 500 x 375 as JPEG
@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,9 +50,9 @@ from contralto.views.presets import simclr_pair
 
 # Name, pictures, side of the view, of the canvas, batch, strength of the colours, probability of the blur.
 CASES: dict[str, tuple[int, int, int, int, float, float]] = {
-    "CIFAR-10, 32 x 32": (4096, 32, 32, 256, 0.5, 0.0),
-    "photographs 64 x 64": (2048, 64, 64, 256, 1.0, 0.5),
-    "photographs 500 x 375": (256, 224, 500, 64, 1.0, 0.5),
+    "CIFAR-10, 32 x 32": (6144, 32, 32, 256, 0.5, 0.0),
+    "photographs 64 x 64": (3072, 64, 64, 128, 1.0, 0.5),
+    "photographs 500 x 375": (384, 224, 500, 32, 1.0, 0.5),
 }
 ARMS = ("lightly", "solo-learn", "kornia", "cached", "cached, bicubic", "decoding")
 WORKERS = (0, 1, 2)
@@ -182,40 +183,56 @@ class KorniaViews:
             return [self.view(batch) for _ in range(2)]
 
 
-def work(arm: str, case: str, folder: str, workers: int) -> None:
-    """One epoch for every line of the input; its seconds and CPU seconds per picture."""
-    loader = make_loader(arm, case, Path(folder), workers)
-    for epoch, _ in enumerate(sys.stdin):
-        if isinstance(loader.sampler, EpochSampler):
-            loader.sampler.set_epoch(epoch)
-        pictures = 0
-        cpu, started = cpu_seconds(loader) if epoch else 0.0, time.perf_counter()
-        for batch in loader:
-            views = batch["views"] if isinstance(batch, dict) else batch
-            while isinstance(views[0], list) or len(views) == 3:  # with index, label or file name
-                views = next(part for part in views if isinstance(part, list) and isinstance(part[0], torch.Tensor))
-            assert len(views) == 2
-            assert views[0].shape[1:] == (3, CASES[case][1], CASES[case][1]), views[0].shape
-            pictures += len(views[0])
-        seconds = time.perf_counter() - started
-        print(json.dumps([seconds / pictures, (cpu_seconds(loader) - cpu) / pictures]), flush=True)
+def work(arm: str, case: str, folder: str) -> None:
+    """The fastest number of workers; then one epoch for every line of the input."""
+    tried: dict[int, tuple[float, DataLoader]] = {}
+    for workers in WORKERS:
+        loader = make_loader(arm, case, Path(folder), workers)
+        one_epoch(loader, case, 0, most=2)  # starts the workers
+        tried[workers] = one_epoch(loader, case, 1)[0], loader
+    workers = min(tried, key=lambda w: tried[w][0])
+    speeds = {str(w): round(1 / seconds, 1) for w, (seconds, _) in tried.items()}
+    loader = tried[workers][1]
+    tried.clear()  # ends the others' workers
+    print(json.dumps({"workers": workers, "tried_images_per_s": speeds}), flush=True)
+    for epoch, _ in enumerate(sys.stdin, 2):
+        print(json.dumps(one_epoch(loader, case, epoch)), flush=True)
+
+
+def one_epoch(loader: DataLoader, case: str, epoch: int, most: int = 2**31) -> tuple[float, float]:
+    """Seconds and CPU seconds per picture."""
+    if isinstance(loader.sampler, EpochSampler):
+        loader.sampler.set_epoch(epoch)
+    pictures = 0
+    cpu, started = cpu_seconds(loader) if loader._iterator else time.process_time(), time.perf_counter()
+    for batch in islice(loader, most):
+        views = batch["views"] if isinstance(batch, dict) else batch
+        while isinstance(views[0], list) or len(views) == 3:  # with index, label or file name
+            views = next(part for part in views if isinstance(part, list) and isinstance(part[0], torch.Tensor))
+        assert len(views) == 2
+        assert views[0].shape[1:] == (3, CASES[case][1], CASES[case][1]), views[0].shape
+        pictures += len(views[0])
+    seconds = time.perf_counter() - started
+    return seconds / pictures, (cpu_seconds(loader) - cpu) / pictures
 
 
 class Process:
     """A loader in a process of its own."""
 
-    def __init__(self, arm: str, case: str, folder: Path, workers: int) -> None:
-        command = [sys.executable, __file__, "--work", arm, case, str(folder), str(workers)]
+    def __init__(self, arm: str, case: str, folder: Path) -> None:
+        command = [sys.executable, __file__, "--work", arm, case, str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.workers = workers
-        self.turn()  # starts the workers
+        self.told = self.read()
+
+    def read(self) -> Any:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline())
 
     def turn(self) -> list[float]:
         assert self.process.stdin
-        assert self.process.stdout
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return list(json.loads(self.process.stdout.readline()))
+        return list(self.read())
 
     def close(self) -> None:
         assert self.process.stdin
@@ -230,22 +247,8 @@ def run(case: str, folder: Path, rounds: int) -> dict[str, Any]:
     started = time.perf_counter()
     canvases("cached", case, folder)
     row["fill_ms_per_picture"] = round(1000 * (time.perf_counter() - started) / CASES[case][0], 3)
-    processes: dict[str, Process] = {}
-    for arm in ARMS:
-        tried: dict[int, float] = {}
-        for workers in WORKERS:
-            process = Process(arm, case, folder, workers)
-            tried[workers] = process.turn()[0]
-            if tried[workers] == min(tried.values()):
-                if arm in processes:
-                    processes[arm].close()
-                processes[arm] = process
-            else:
-                process.close()
-        row[arm] = {
-            "workers": processes[arm].workers,
-            "tried_images_per_s": {str(w): round(1 / s, 1) for w, s in tried.items()},
-        }
+    processes = {arm: Process(arm, case, folder) for arm in ARMS}
+    row |= {arm: process.told for arm, process in processes.items()}
     told: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for _ in range(rounds):
         for arm, process in processes.items():
@@ -346,11 +349,11 @@ def main(out: Path, rounds: int, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        work(*sys.argv[2:5], int(sys.argv[5]))
+        work(*sys.argv[2:5])
     else:
         parser = argparse.ArgumentParser()
         parser.add_argument("out", nargs="?", default="results/augmentation.json", type=Path)
-        parser.add_argument("--rounds", default=5, type=int)
+        parser.add_argument("--rounds", default=3, type=int)
         parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
         a = parser.parse_args()
         main(a.out, a.rounds, a.cases)

@@ -1,7 +1,9 @@
 """The contrast engine beside plain PyTorch and other libraries: time and memory of value and gradient.
 
     python benchmarks/contrast.py [out.json]            # goes on where it stopped
+    python benchmarks/contrast.py --draw docs/contrast.png
     python benchmarks/contrast.py --tiles               # time by size of tile
+    python benchmarks/contrast.py --device cuda         # the fused form: rate, and a batch of a million
 
 Three losses over batches of N pairs (D = 256, single precision): InfoNCE and CLIP on N x N, NT-Xent on 2 N rows. Every form is a
 process of its own that waits for its turn; turns go round, so that whatever else the machine does disturbs all alike. A turn is
@@ -253,29 +255,188 @@ def by_tile() -> None:
             print(f"N {n}, tiles of {mib} MiB: {1000 * min(times):.0f} ms")
 
 
+def on_cuda(out: Path) -> None:
+    """The fused form on one card: share of the rate of a plain product, and the largest batch."""
+    torch.manual_seed(0)
+    large = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    rate = 2 * 8192**3 / seconds_on_cuda(lambda: large[0] @ large[1])
+    rows = []
+    for n in (8192, 32768, 131072, 1048576):
+        a, b = (torch.randn(n, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+
+        def once(a=a, b=b) -> None:
+            a.grad = b.grad = None
+            pairs.info_nce(a, b, temperature=TEMPERATURE).backward()
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        took = seconds_on_cuda(once, 10 if n < 500_000 else 1)
+        rows.append(
+            {
+                "n": n, "ms": round(1000 * took, 3), "extra_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
+                "of_matmul_rate": round(3 * 2 * n * n * DIM / took / rate, 3),
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    n = 4096
+    x = torch.nn.functional.normalize(torch.randn(2, n, DIM, device="cuda"), dim=2).bfloat16()
+    found = []
+    for form, dtype in (("fused", torch.bfloat16), ("dense", torch.float64)):
+        a, b = (y.to(dtype).requires_grad_() for y in x)
+        loss = contrast(a, b, positives=torch.arange(n, device="cuda"), normalize=False, form=form)
+        loss.backward()
+        found.append([loss.detach().double(), a.grad.double(), b.grad.double()])
+    errors = [float((f - d).norm() / d.norm()) for f, d in zip(*found, strict=True)]
+    result = {
+        "card": torch.cuda.get_device_name(),
+        "bf16_matmul_tflops": round(rate / 1e12, 1),
+        "rows": rows,
+        "relative_errors": dict(zip(("loss", "query", "key"), errors, strict=True)),
+        "environment": environment(),
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def seconds_on_cuda(function: Callable[[], Any], repeats: int = 20) -> float:
+    """Seconds of one call, after one for warming up."""
+    function()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000 / repeats
+
+
+NAMES = {"info_nce": "InfoNCE", "clip": "CLIP", "nt_xent": "NT-Xent"}
+COLOURS = {
+    "contralto": "#c2185b", "contrast": "#f48fb1", "plain": "#555555", "floor": "#bbbbbb", "open_clip": "#1f77b4",
+    "lightly": "#2ca02c", "pytorch-metric-learning": "#ff7f0e", "solo-learn": "#9467bd",
+}  # fmt: skip
+
+
+LABELS = {
+    "floor": "the products alone", "plain": "plain PyTorch", "contrast": "contralto, general form",
+    "pytorch-metric-learning": "pytorch-metric-learning (beyond the scale)",
+}  # fmt: skip
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over that of the plain form, and memory, by the number of pairs."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey="row", layout="constrained")
+    for (loss, name), (time_axis, memory_axis) in zip(NAMES.items(), axes.T, strict=True):
+        for form in COLOURS:
+            mine = [r for r in rows if (r["loss"], r["form"]) == (loss, form)]
+            timed = [r for r in mine if "wall_over_floor" in r or (form == "floor" and "wall_ms_range" in r)]
+            there = [r for r in mine if "extra_mib" in r and form != "floor"]
+            style = {"color": COLOURS[form], "marker": "o", "ms": 4, "lw": 2.4 if form == "contralto" else 1.4}
+            ratios = [r.get("wall_over_floor", 1.0) for r in timed]
+            time_axis.plot([r["n"] for r in timed], ratios, label=LABELS.get(form, form), **style)
+            memory_axis.plot([r["n"] for r in there], [r["extra_mib"] for r in there], **style)
+            ended = [r for r in mine if "failed" in r]
+            if there and ended:
+                memory_axis.plot([there[-1]["n"]], [there[-1]["extra_mib"]], "x", color=COLOURS[form], ms=9, mew=2)
+            if not mine:
+                time_axis.lines[-1].remove()
+        time_axis.set(xscale="log", yscale="log", title=name)
+        time_axis.axhline(1.35, color="black", lw=0.8, ls=":")
+        memory_axis.set(xscale="log", yscale="log", xlabel="pairs")
+        time_axis.set_ylim(0.9, 30)
+        time_axis.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        time_axis.legend(frameon=False, fontsize=8)
+        for axis in (time_axis, memory_axis):
+            axis.grid(alpha=0.3, which="major")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.minorticks_off()
+    sizes = sorted({r["n"] for r in rows})
+    for axis in axes[1]:
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45)
+    axes[0, 0].set_ylabel("time, over that of the products alone")
+    axes[1, 0].set_ylabel("memory beyond the inputs, MiB")
+    figure.savefig(path, dpi=130)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/contrast.md: the engine, and how many times as long and how much memory others take."""
+    head = "| loss | pairs | contralto, ms (range) | over the products | MiB | plain PyTorch: times as long, memory | others |"
+    lines = [head, "|---|--:|--:|--:|--:|--:|---|"]
+    for loss, name in NAMES.items():
+        for n in sorted({r["n"] for r in rows}):
+            here = {r["form"]: r for r in rows if (r["loss"], r["n"]) == (loss, n)}
+            if "contralto" not in here:
+                continue
+            ours, products = here["contralto"], here.get("floor")
+            spread = "-".join(_short(x) for x in ours.get("wall_ms_range", []))
+            cells = [
+                f"{_short(ours['wall_ms'])} ({spread})" if spread else _short(ours["wall_ms"]),
+                f"{ours['wall_over_floor']:.2f}" if products else "",
+                f"{ours['extra_mib']:,.0f}",
+                _beside(here["plain"], ours),
+                "; ".join(
+                    f"{form} {_beside(r, ours)}"
+                    for form, r in here.items()
+                    if form not in ("floor", "plain", "contralto", "contrast")
+                ),
+            ]
+            lines.append(f"| {name} | {n:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _beside(row: dict[str, Any], ours: dict[str, Any]) -> str:
+    if "failed" in row:
+        return "not installed" if "No module" in row["failed"] else f"over {LIMIT_GIB} GiB"
+    ratio = row["wall_over_floor"] / ours["wall_over_floor"]
+    return (
+        f"{ratio:.2f} x, {row['extra_mib']:,.0f} MiB" if ratio < 10 else f"{ratio:.0f} x, {row['extra_mib']:,.0f} MiB"
+    )
+
+
+def _short(x: float) -> str:
+    return f"{x:,.3g}" if x < 1000 else f"{x:,.0f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=Path("results/contrast.json"))
+    parser.add_argument(
+        "out", nargs="?", type=Path, help="default: results/contrast.json, contrast_cuda.json with --device cuda"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, LARGE])
-    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--losses", choices=FORMS, nargs="+", default=list(FORMS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--tiles", action="store_true", help="time by size of tile")
+    parser.add_argument("--draw", type=Path, help="draw what was measured into this file, and print the table")
     a = parser.parse_args()
+    out = a.out or Path(f"results/contrast{'_cuda' if a.device == 'cuda' else ''}.json")
     if a.tiles:
         by_tile()
         return
-    result = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {"rows": []}
+    if a.device == "cuda":
+        on_cuda(out)
+        return
+    result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
+    if a.draw:
+        draw(result["rows"], a.draw)
+        print(table(result["rows"]))
+        return
     result |= {
         "command": "python benchmarks/contrast.py",
         "dim": DIM,
         "temperature": TEMPERATURE,
         "limit_gib": LIMIT_GIB,
     }
-    for loss in FORMS:
+    for loss in a.losses:
         for n in a.sizes:
             if any((r["loss"], r["n"]) == (loss, n) for r in result["rows"]):
                 continue
             result["rows"] += measure(loss, n, ROUNDS if n <= 4096 else 3)
             result["environment"] = environment()
-            a.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def test_the_readme_names_commands_arguments_and_functions_that_exist():
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^\s*(?:`)?contralto ((?:[a-z]+).*?)(?:#|`|$)", text, re.MULTILINE)
     assert len(lines) >= 5
-    known = {n: set(get_job(n).parameters()) | {"preset"} for n in SYSTEMS}
+    known = {n: set(get_job(n).parameters()) | {"preset", "out"} for n in SYSTEMS}
     for line in lines:
         name, *words = line.split()
         assert name in COMMANDS, line

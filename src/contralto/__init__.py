@@ -15,7 +15,7 @@ __version__ = metadata.version("contralto")
 
 _LAZY = {
     "clean_with_model": "contralto.pipelines.cleaning",
-    "load": "contralto.pipelines.embedding",
+    "load": "contralto.pipelines.loading",
     "fit_capro": "contralto.pipelines.capro",
     "fit_fopro": "contralto.pipelines.fopro",
     "load_preset": "contralto.pipelines.job",

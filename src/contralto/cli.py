@@ -198,10 +198,11 @@ def evaluate(
 
     from contralto.data.ingest import ingest
     from contralto.evaluation.classification import accuracy_interval
-    from contralto.pipelines.embedding import Embedder, load
+    from contralto.pipelines.loading import load
+    from contralto.systems.webly.model import WebClassifier
 
     model = load(run)
-    if isinstance(model, Embedder):
+    if not isinstance(model, WebClassifier):
         return _evaluate_encoder(model, data, label_column, image_column, group_column, split, show)
     if model.multilabel:
         return _evaluate_sets(model, data, label_column, image_column, split, show)
@@ -328,7 +329,7 @@ def predict(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.pipelines.embedding import load
+    from contralto.pipelines.loading import load
 
     model, target = load(run), out or Path("predictions.parquet")
     applied = apply_model(model, data, target, threshold=threshold, image_column=image_column, on=on)
@@ -362,7 +363,7 @@ def embed(
         on: "ray" or "ray://host:port": read and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
-    from contralto.pipelines.embedding import load
+    from contralto.pipelines.loading import load
 
     model, target = load(run), out or Path("embeddings.parquet")
     applied = apply_model(model, data, target, task="embed", image_column=image_column, on=on)
@@ -829,16 +830,26 @@ def _print_summary(result: dict[str, Any], seconds: float) -> None:
 def _print_encoder(result: dict[str, Any], seconds: float) -> None:
     """What a pretraining said at its end."""
     table = _table("last epoch", "")
-    for name in ("loss", "probe", "knn"):
+    shown = {
+        "loss": "loss",
+        "probe": "linear probe beside",
+        "knn": "nearest neighbours",
+        "held_perplexity": "perplexity, held out",
+    }
+    for name, told in shown.items():
         if name in result:
-            told = {"loss": "loss", "probe": "linear probe beside", "knn": "nearest neighbours"}[name]
-            table.add_row(told, f"{result[name]:.4g}" if name == "loss" else _percent(result[name]))
-    console = _console()
+            value = result[name]
+            table.add_row(told, _percent(value) if name in ("probe", "knn") else f"{value:.4g}")
+    console, run = _console(), result["run"]
     console.print(table)
-    run = result["run"]
-    console.print(
-        f"encoder: {run}/encoder  ({result['pictures']} images, {seconds:.0f} s)", highlight=False, soft_wrap=True
-    )
+    if "texts" in result:
+        console.print(
+            f"embeddings: {run}/embeddings.parquet  ({result['texts']} texts, {seconds:.0f} s)", highlight=False
+        )
+        return
+    console.print(f"report: {result['report']}", highlight=False, soft_wrap=True)
+    told = f"encoder: {run}/encoder  ({result['pictures']} images, {seconds:.0f} s)"
+    console.print(told, highlight=False, soft_wrap=True)
     console.print(
         f"next: contralto evaluate {run} LABELLED, contralto embed {run} IMAGES", highlight=False, soft_wrap=True
     )

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from contralto.errors import UsageError
+
 __all__ = [
-    "gather_rows", "gather_with_gradient", "is_main", "mean_weight", "rank", "reduce_over_ranks", "world_size",
+    "gather_rows", "gather_with_gradient", "is_main", "mean_weight", "own_places", "rank", "reduce_over_ranks", "world_size",
 ]  # fmt: skip
 
 
@@ -64,10 +66,28 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.stack(parts, 1)[there.to(x.device)]
 
 
-def gather_with_gradient(x: Tensor) -> Tensor:
+def gather_with_gradient(x: Tensor, uneven: Literal["pad", "refuse"] = "pad") -> Tensor:
     """As `gather_rows`, but every row takes the gradients of all processes, added.
 
-    With losses that are means over local anchors, the mean over ranks of the gradients is then that of the global batch.
+    So when the loss of the whole batch is the mean over processes of what they compute, the mean over processes of their
+    parameters' gradients, which `DistributedDataParallel` takes, is the gradient of that loss. All must take part in the backward
+    pass.
+
+    Parameters
+    ----------
+    x : Tensor (N, ...)
+        Rows of this process.
+    uneven : {"pad", "refuse"}
+        Whether processes may have different numbers of rows.
+
+    Returns
+    -------
+    Tensor (sum of N, ...)
+
+    Raises
+    ------
+    UsageError
+        On all processes, if numbers of rows differ and `uneven` is "refuse".
 
     Examples
     --------
@@ -76,6 +96,12 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
+    if uneven == "refuse":
+        sizes = gather_rows(torch.tensor([len(x)], device=x.device)).tolist()
+        if len(set(sizes)) > 1:
+            raise UsageError(
+                f"processes have different numbers of rows, {sizes}: drop the last batch, or let them be padded"
+            )
     gathered: Tensor = _Gather.apply(x)
     return gathered
 
@@ -83,8 +109,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        owner = torch.full((x.shape[0],), rank(), device=x.device)
-        ctx.save_for_backward(gather_rows(owner) == rank())
+        ctx.save_for_backward(own_places(x))
         return gather_rows(x)
 
     @staticmethod
@@ -93,6 +118,18 @@ class _Gather(torch.autograd.Function):
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad[own]
+
+
+def own_places(x: Tensor) -> Tensor:
+    """Where the rows of this process stand among those of all (N,), as `gather_rows` gives them.
+
+    Examples
+    --------
+    >>> own_places(torch.zeros(3, 8))
+    tensor([0, 1, 2])
+    """
+    owner = torch.full((x.shape[0],), rank(), device=x.device)
+    return (gather_rows(owner) == rank()).nonzero().squeeze(1)
 
 
 def mean_weight(count: Tensor) -> float:

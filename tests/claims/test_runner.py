@@ -305,7 +305,7 @@ def test_all_claims_run_quickly_and_what_fails_or_is_left_out_is_named(fake, mon
     assert fake.ran() == [(0.4, 0), (0.8, 0)]
     assert not (fake.folder / "results").exists()
     monkeypatch.setenv("FAKE_TROUBLE", "raise:0.4,0")
-    with pytest.raises(ContraltoError, match="fake: 1 of 2 trainings failed"):
+    with pytest.raises(ContraltoError, match=r"1 of 2 trainings failed.*\n  fake: arm 'bad', seed 0"):
         smoke(progress=False)
 
 

@@ -49,12 +49,16 @@ def test_pairs_stand_side_by_side_and_only_the_left_is_blanked():
 
 def test_both_layers_are_of_one_model_and_untrained_is_a_start():
     budget = {"steps": 3, "batch_size": 16}
-    one, two = (run_heads({"head": "fixed", "blank": 0.5, "layer": "pre"}, seed=100, data="digits", budget=budget) for _ in "ab")
+    one, two = (
+        run_heads({"head": "fixed", "blank": 0.5, "layer": "pre"}, seed=100, data="digits", budget=budget) for _ in "ab"
+    )
     assert (one["left"] == two["left"]).all()
     assert len(one["left"]) == 597
     other = run_heads({"head": "fixed", "blank": 0.5, "layer": "post"}, seed=100, data="digits", budget=budget)
     assert abs(other["left"].mean() - one["left"].mean()) < 0.02  # a fixed head is invertible: a probe sees through it
-    start = run_heads({"head": "none", "blank": 0.5, "layer": "pre", "steps": 0}, seed=100, data="digits", budget=budget)
+    start = run_heads(
+        {"head": "none", "blank": 0.5, "layer": "pre", "steps": 0}, seed=100, data="digits", budget=budget
+    )
     assert start["left"].mean() > 0.7
 
 

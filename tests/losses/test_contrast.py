@@ -159,6 +159,7 @@ def test_leading_dimensions_are_batches_of_problems():
         {"reduction": "max"},
         {"coupled": True, "log_outside": True},
         {"positives": torch.arange(3)},
+        {"positives": None, "coupled": True},
     ],
 )
 def test_wrong_arguments_are_named(wrong):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses import pairs
+from contralto.losses.contrast import contrast
 
 
 def views(n, seed=0, d=4, dtype=torch.float64):
@@ -189,27 +190,6 @@ def test_temperatures_learn(form):
         assert torch.autograd.gradcheck(lambda x, f=loss: f(z0, z1, temperature=x), (t,))
 
 
-def test_modules_keep_their_settings_and_learn_theirs():
-    z0, z1 = views(6, 11, dtype=torch.float32)
-    for module, function in (
-        (pairs.InfoNCE(temperature=0.3), pairs.info_nce), (pairs.NTXent(temperature=0.3), pairs.nt_xent),
-        (pairs.DCL(temperature=0.3), pairs.dcl),
-    ):  # fmt: skip
-        assert torch.equal(module(z0, z1), function(z0, z1, temperature=0.3))
-        assert "temperature=0.3" in repr(module)
-    labels = torch.arange(6) % 2
-    assert torch.equal(pairs.SupCon(temperature=0.3)(z0, labels), pairs.sup_con(z0, labels, temperature=0.3))
-    learns = pairs.CLIP()
-    learns(z0, z1).backward()
-    assert learns.log_scale.grad != 0
-    learns.log_scale.data.fill_(10.0)
-    torch.testing.assert_close(learns(z0, z1), pairs.clip(z0, z1, temperature=0.01))
-    asks = pairs.SigLIP()
-    asks(z0, z1).backward()
-    assert asks.log_scale.grad != 0
-    assert asks.bias.grad != 0
-
-
 def test_half_precision_is_computed_in_single(form):
     z0, z1 = (z.bfloat16() for z in views(8, 12))
     for loss in (pairs.nt_xent, pairs.clip, pairs.info_nce, pairs.dcl):
@@ -225,3 +205,59 @@ def test_shapes_are_checked():
             loss(torch.randn(4, 3), torch.randn(5, 3))
     with pytest.raises(UsageError, match="labels"):
         pairs.sup_con(torch.randn(4, 3), torch.arange(5))
+
+
+def test_soft_targets_are_a_cross_entropy_and_carry_no_gradient(form):
+    z0, z1 = views(6, 13)
+    targets = views(6, 14, d=6)[0].abs().requires_grad_()
+    share = targets.detach() / targets.detach().sum(1, keepdim=True)
+    both(
+        lambda a, b: pairs.soft_info_nce(a, b, targets, temperature=0.2),
+        lambda a, b: F.cross_entropy(F.normalize(a, dim=1) @ F.normalize(b, dim=1).T / 0.2, share),
+        [z0, z1],
+    )
+    assert targets.grad is None
+    alone = pairs.soft_info_nce(
+        z0, z1, torch.eye(6, dtype=z0.dtype) * (torch.arange(6) < 4).unsqueeze(1), reduction="none"
+    )
+    assert (alone[4:] == 0).all()
+    torch.testing.assert_close(alone[:4], pairs.info_nce(z0, z1, reduction="none")[:4])
+
+
+def test_the_hardest_negatives_alone(form):
+    z0, z1 = views(7, 15)
+    own = torch.arange(7)
+    columns = pairs.hardest(z0, z1, 3, out=own.unsqueeze(1))
+    cosine = F.normalize(z0, dim=1) @ F.normalize(z1, dim=1).T
+    for i in range(7):
+        negatives = sorted((j for j in range(7) if j != i), key=lambda j, i=i: -cosine[i, j].item())
+        assert columns[i].tolist() == negatives[:3]
+    keys = torch.cat([own.unsqueeze(1), columns], 1)
+    loss = contrast(
+        z0.unsqueeze(1), z1[keys], positives=torch.zeros(7, 1, dtype=torch.int64), temperature=0.2, reduction="mean"
+    )
+    torch.testing.assert_close(loss, F.cross_entropy(cosine.gather(1, keys) / 0.2, torch.zeros(7, dtype=torch.int64)))
+    assert torch.equal(pairs.hardest(z0, z1, 2, out=torch.full((7, 1), -1)), pairs.hardest(z0, z1, 2))
+    with pytest.raises(UsageError, match="between 1 and 6"):
+        pairs.hardest(z0, z1, 7, out=own.unsqueeze(1))
+
+
+def test_focal_weights():
+    losses = pairs.info_nce(*views(6, 16), reduction="none")
+    p = (-losses).exp()
+    torch.testing.assert_close(pairs.focal(losses, 1.5), (1 - p) ** 1.5 * losses)
+    assert torch.equal(pairs.focal(losses, 0.0), losses)
+
+
+def test_pairs_at_any_temperature_are_the_dense_form(form):
+    """Above and below what one exponential takes."""
+    z0, z1 = views(6, 17)
+    own, z = torch.arange(6), torch.cat([z0, z1])
+    for t in (1.0, 0.02, 0.015, 0.001):
+        there, back = (contrast(a, b, positives=own, temperature=t, form="dense") for a, b in ((z0, z1), (z1, z0)))
+        torch.testing.assert_close(pairs.info_nce(z0, z1, temperature=t), there)
+        torch.testing.assert_close(pairs.clip(z0, z1, temperature=t), (there + back) / 2)
+        both_views = contrast(
+            z, z, positives=torch.arange(12).roll(6), weights=torch.arange(12).unsqueeze(1), temperature=t, form="dense"
+        )
+        torch.testing.assert_close(pairs.nt_xent(z0, z1, temperature=t), both_views)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses import tiled
-from contralto.losses.bounded import clip_sum, nt_xent_sum
+from contralto.losses.bounded import clip_mean
 from contralto.losses.contrast import contrast
 
 
@@ -126,9 +126,9 @@ def test_clip_is_the_mean_of_two_cross_entropies(n, temperature):
         scale = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
         if slow:
             logits = scale * a @ b.T
-            loss = sum(F.cross_entropy(x, torch.arange(n), reduction="sum") for x in (logits, logits.T))
+            loss = sum(F.cross_entropy(x, torch.arange(n)) for x in (logits, logits.T)) / 2
         else:
-            loss = clip_sum(a, b, scale)
+            loss = clip_mean(a, b, scale)
         (1.7 * loss).backward()
         found.append([loss.detach(), a.grad, b.grad, scale.grad])
     for ours, theirs in zip(found[1], found[0], strict=True):
@@ -142,31 +142,26 @@ def test_clip_in_single_precision_where_one_shift_would_not_do():
     for x, y in ((a, b), (torch.cat([a, b]), torch.cat([a, b.flip(0)]))):
         logits = 100 * x.double() @ y.double().T
         n = torch.arange(len(x))
-        expected = F.cross_entropy(logits, n, reduction="sum") + F.cross_entropy(logits.T, n, reduction="sum")
-        torch.testing.assert_close(clip_sum(x, y, torch.tensor(100.0)).double(), expected, rtol=1e-4, atol=1e-3)
+        expected = (F.cross_entropy(logits, n) + F.cross_entropy(logits.T, n)) / 2
+        torch.testing.assert_close(clip_mean(x, y, torch.tensor(100.0)).double(), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.1])
-@pytest.mark.parametrize("n", [1, 2, 7, 30])
-def test_nt_xent_leaves_the_diagonal_out(n, temperature):
-    g = torch.Generator().manual_seed(4)
-    rows = F.normalize(torch.randn(2 * n, 4, generator=g, dtype=torch.float64), dim=1)
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 7), st.sampled_from(["none", "column", "mask", "out", "function"]),
+    st.sampled_from(["number", "one", "row", "each"]), st.sampled_from(["mean", "none"]),
+)  # fmt: skip
+def test_denominators_alone(seed, n, m, weights, temperature, reduction):
+    g = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(r, 3, generator=g, dtype=torch.float64) for r in (n, m))
+    w, t = draw(g, weights, n, m), draw(g, temperature, n, m)
     found = []
-    for slow in (True, False):
-        z = rows.clone().requires_grad_()
-        scale = torch.tensor(1 / temperature, dtype=torch.float64, requires_grad=True)
-        if slow:
-            logits = (scale * z @ z.T).masked_fill(torch.eye(2 * n, dtype=torch.bool), -torch.inf)
-            loss = F.cross_entropy(logits, torch.arange(2 * n).roll(n), reduction="sum")
-        else:
-            loss = nt_xent_sum(z, scale)
-        (1.7 * loss).backward()
-        found.append([loss.detach(), z.grad, scale.grad])
-    for ours, theirs in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-
-
-def test_nt_xent_says_when_it_cannot():
-    z = F.normalize(torch.randn(4, 3), dim=1)
-    with pytest.raises(UsageError, match="contrast_tiled"):
-        nt_xent_sum(z, torch.tensor(100.0))
+    for kind in ("dense", "tiled"):
+        q, k = query.clone().requires_grad_(), key.clone().requires_grad_()
+        loss = contrast(q, k, positives=None, weights=w, temperature=t, reduction=reduction, form=kind, normalize=False)
+        loss.sum().backward()
+        found.append([loss.detach(), q.grad, k.grad])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    if weights == "none" and reduction == "none":
+        torch.testing.assert_close(found[0][0], (query @ key.T / t).logsumexp(1))

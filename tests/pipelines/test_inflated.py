@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from contralto.errors import DataError, UsageError
-from contralto.pipelines.embedding import evaluate_encoder, load
+from contralto.pipelines.embedding import evaluate_encoder
+from contralto.pipelines.loading import load
 from contralto.systems.registry import get_job
 from contralto.systems.selfsup.adainf import AdaInf
 
@@ -29,7 +30,11 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inflated")
     names = sorted(COLOURS)[:2]
     rows = [
-        {"image": picture(COLOURS[names[i % 2]], seed=i), "label": names[i % 2], "split": "test" if i >= REAL else "train"}
+        {
+            "image": picture(COLOURS[names[i % 2]], seed=i),
+            "label": names[i % 2],
+            "split": "test" if i >= REAL else "train",
+        }
         for i in range(REAL + 8)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "real.parquet")
@@ -116,4 +121,6 @@ def test_a_folder_without_pictures_is_named(data, tmp_path):
     (tmp_path / "generated").mkdir()
     (tmp_path / "generated" / "a.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match="generated"):
-        get_job("adainf").fit(str(data / "real.parquet"), tmp_path / "run", generated=str(tmp_path / "generated"), **SMALL)
+        get_job("adainf").fit(
+            str(data / "real.parquet"), tmp_path / "run", generated=str(tmp_path / "generated"), **SMALL
+        )

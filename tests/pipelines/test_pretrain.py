@@ -17,7 +17,8 @@ import contralto
 from contralto.cli import main
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
-from contralto.pipelines.embedding import evaluate_encoder, load
+from contralto.pipelines.embedding import evaluate_encoder
+from contralto.pipelines.loading import load
 from contralto.systems.registry import get_job
 
 from tests.conftest import COLOURS, picture

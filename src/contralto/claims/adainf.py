@@ -51,8 +51,9 @@ def generate(x: Tensor, count: int, *, components: int = 20, clusters: int = 10,
     from sklearn.decomposition import PCA
     from sklearn.mixture import GaussianMixture
 
-    pca = PCA(components, random_state=seed).fit(x.numpy())
-    mixture = GaussianMixture(clusters, reg_covar=1e-3, random_state=seed).fit(pca.transform(x.numpy()))
+    data = x.numpy().astype(np.float64)
+    pca = PCA(components, random_state=seed).fit(data)
+    mixture = GaussianMixture(clusters, reg_covar=1e-3, random_state=seed).fit(pca.transform(data))
     drawn = pca.inverse_transform(mixture.sample(count)[0])
     order = np.random.default_rng(seed).permutation(count)  # they come cluster by cluster
     return torch.from_numpy(drawn[order].clip(0, 1).astype(np.float32))
@@ -107,8 +108,9 @@ def run(
     size = budget["batch_size"]
     system = AdaInf(
         encoder, num_features=budget["features"], num_samples=len(both), steps_per_epoch=budget["steps"],
-        epochs=arm.get("epochs", 1), seed=seed, batch_size=size, optimizer="adam", lr=budget["lr"], weight_decay=0.0, warmup_epochs=0.01,
-        hidden=budget["hidden"], dim=budget["dim"], temperature=0.2, dup=max(arm["dup"], 1), strength=arm["strength"],
+        epochs=arm.get("epochs", 1), seed=seed, batch_size=size, optimizer="adam", lr=budget["lr"], weight_decay=0.0,
+        warmup_epochs=0.01, hidden=budget["hidden"], dim=budget["dim"], temperature=0.2, dup=max(arm["dup"], 1),
+        strength=arm["strength"],
     )  # fmt: skip
     sampler = MixtureSampler([len(real), count], [system.dup, 1], seed=seed, length=size)
 

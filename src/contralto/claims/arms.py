@@ -42,6 +42,8 @@ class Task:
 
     Parameters
     ----------
+    claim : str
+        Its name.
     run : str
         `module:function`.
     data, arm : str
@@ -54,6 +56,7 @@ class Task:
         Folder that all arms and seeds on these data share, for what takes long to prepare; gone when all are done.
     """
 
+    claim: str
     run: str
     data: str
     arm: str
@@ -70,7 +73,7 @@ class Task:
         return self.path.with_suffix(".log")
 
     def __str__(self) -> str:
-        return f"arm {self.arm!r}, seed {self.seed}, on {self.data}"
+        return f"{self.claim}: arm {self.arm!r}, seed {self.seed}, on {self.data}"
 
 
 @dataclass(frozen=True)

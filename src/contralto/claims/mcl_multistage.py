@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.claims.digits import Split, batches, conv_encoder, digits, features_of, pretrain
@@ -127,11 +127,15 @@ def run(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(own)
             encoder = conv_encoder(width, widths=(16, 32, 32), height=HEIGHT, width=WIDTH)
-        return MultiStage(
+        learner = MultiStage(
             encoder, num_features=width, steps_per_epoch=total // stages, epochs=1, seed=own, stages=budget["stages"],
             clusters=budget["clusters"], optimizer="adam", lr=budget["lr"], weight_decay=0.0, warmup_epochs=0,
             hidden=64, dim=64, temperature=budget["temperature"], smallest=budget["smallest"],
         )  # fmt: skip
+        if budget.get("projector") == "card":
+            with learner.seeded():
+                learner.learner.projector = nn.Sequential(nn.ReLU(), nn.Linear(width, 64))
+        return learner
 
     def fit(stage: int, codes: Integers | None, before: list[MultiStage]) -> MultiStage:
         learner = system(stage)

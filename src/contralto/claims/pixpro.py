@@ -1,8 +1,8 @@
 """PixPro's claim on road scenes: comparing cells gives better maps than comparing pictures, all else being equal.
 
-Frames of CamVid without labels are learnt from; then a logistic regression on frozen cells of every fourth training frame says the
-class of the cells of every second test frame. All arms have the same network, first weights, views, batches, momentum copy and
-number of steps; they differ in what is compared.
+Frames of CamVid without labels are learnt from; then a logistic regression on frozen cells of every fourth training frame
+says the class of the cells of every second test frame. All arms have the same network, first weights, views, batches,
+momentum copy and number of steps; they differ in what is compared.
 """
 
 import os
@@ -137,8 +137,8 @@ def run(
     Returns
     -------
     dict
-        `miou` of the linear probe and `miou_neighbours` of a vote of the nearest cells; `cells` (N,): share of right cells of every
-        test frame, of which `groups` names the video.
+        `miou` of the linear probe and `miou_neighbours` of a vote of the nearest cells; `cells` (N,): share of right cells
+        of every test frame, of which `groups` names the video.
     """
     settings = dict(arm)
     steps = int(settings.pop("steps", budget["steps"]))

@@ -183,18 +183,20 @@ def smoke(*, jobs: int | None = None, device: str = "cpu", progress: bool = True
     ContraltoError
         Names the claims that failed.
     """
-    outcome, failed = {}, []
-    for name, path in claims().items():
-        if not any(_lacking(needs) is None for needs in load_claim(path).data.values()):
-            outcome[name] = "left out: " + "; ".join(_present(load_claim(path), None, strict=False)[1])
-            continue
-        try:
-            reproduce(path, None, quick=True, jobs=jobs, device=device, progress=progress)
-            outcome[name] = "ran"
-        except ContraltoError as error:
-            failed.append(f"{name}: {error}")
-    if failed:
-        raise ContraltoError("\n".join(failed))
+    outcome, tasks = {}, []
+    plans = {name: load_claim(path) for name, path in claims().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, plan in plans.items():
+            names, left_out = _present(plan, None, strict=False)
+            outcome[name] = "ran" if names else f"left out: {'; '.join(left_out)}"
+            budget = {**plan.budget, **plan.quick}
+            tasks += _tasks(plan, names[:1], [0], budget, device, Path(folder) / name)
+        _check(device, jobs)
+        _train(tasks, len(tasks), plans, jobs, Console(stderr=True, quiet=not progress))
+        for name, plan in plans.items():
+            runs = {task.arm: [load(task.path)] for task in tasks if task.claim == name}
+            if runs:
+                judge(plan, runs, [0])
     return outcome
 
 
@@ -282,30 +284,34 @@ def _measure(
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     remove_leftovers(folder)
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    done = dict.fromkeys(missing, 0.0)
-    with Progress(*columns, console=console, transient=True) as bar:
-        shown = bar.add_task(plan.name, total=len(missing))
-
-        def told(task: Task, share: float) -> None:
-            done[task] = share
-            bar.update(shown, completed=round(sum(done.values()), 2), description=f"{plan.name}: {task}")
-            if share == 1 and task.path.exists():
-                check_measured(plan, task.arm, load(task.path))  # now, not after hours
-
-        wanted = jobs or (_cores() if all(task.device == "cpu" for task in tasks) else 1)
-        failures = run_tasks(missing, jobs=min(wanted, len(missing)), told=told)
-    if failures:
-        listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
-        raise ContraltoError(
-            f"{plan.name}: {len(failures)} of {len(tasks)} trainings failed; what was finished is kept:\n  "
-            + "\n  ".join(listed)
-        )
+    _train(missing, len(tasks), {plan.name: plan}, jobs, console)
     found: dict[str, dict[str, list[Any]]] = {}
     for task in tasks:
         found.setdefault(task.data, {}).setdefault(task.arm, []).append(load(task.path))
         shutil.rmtree(task.shared, ignore_errors=True)
     return found
+
+
+def _train(tasks: Sequence[Task], of: int, plans: Mapping[str, Claim], jobs: int | None, console: Console) -> None:
+    """Run what is missing of so many trainings, with a bar; failures are named when all others are done."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    done = dict.fromkeys(tasks, 0.0)
+    with Progress(*columns, console=console, transient=True) as bar:
+        shown = bar.add_task("", total=len(tasks))
+
+        def told(task: Task, share: float) -> None:
+            done[task] = share
+            bar.update(shown, completed=round(sum(done.values()), 2), description=str(task))
+            if share == 1 and task.path.exists():
+                check_measured(plans[task.claim], task.arm, load(task.path))  # now, not after hours
+
+        wanted = jobs or (_cores() if all(task.device == "cpu" for task in tasks) else 1)
+        failures = run_tasks(tasks, jobs=min(wanted, len(tasks)), told=told)
+    if failures:
+        listed = [str(f) for f in failures[:5]] + [f"and {len(failures) - 5} more"] * (len(failures) > 5)
+        raise ContraltoError(
+            f"{len(failures)} of {of} trainings failed; what was finished is kept:\n  " + "\n  ".join(listed)
+        )
 
 
 def _cores() -> int:
@@ -325,7 +331,7 @@ def _task(plan: Claim, name: str, arm: str, seed: int, budget: Mapping[str, Any]
     settings = plan.arms[arm]
     bound = fingerprint(plan.run, name, settings, budget, device.partition(":")[0])
     path = folder / _slug(name) / _slug(arm) / f"seed{seed}-{bound}.npz"
-    return Task(plan.run, name, arm, settings, budget, seed, device, path, folder / _slug(name) / "shared")
+    return Task(plan.name, plan.run, name, arm, settings, budget, seed, device, path, folder / _slug(name) / "shared")
 
 
 def _slug(name: str) -> str:

@@ -16,11 +16,11 @@ __all__ = ["END", "PAD", "START", "UNKNOWN", "Vocabulary", "read_texts"]
 
 PAD, START, END, UNKNOWN = range(4)
 TEXT_COLUMNS = ("text", "sentence", "caption", "title", "content")
-_WORD = re.compile(r"<unk>|\w+(?:['’]\w+)*|[^\w\s]")
+_WORD = re.compile(r"<unk>|\w+(?:['\u2019]\w+)*|[^\w\s]")
 
 
 def read_texts(address: str, *, text_column: str | None = None) -> list[str]:
-    """All texts of a file that are not blank: lines of .txt, or a column of .jsonl (both also .gz), .csv or .parquet.
+    r"""All texts of a file that are not blank: lines of .txt, or a column of .jsonl (both also .gz), .csv or .parquet.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def read_texts(address: str, *, text_column: str | None = None) -> list[str]:
     --------
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
-    >>> _ = path.write_text("one line\\n\\nanother\\n")
+    >>> _ = path.write_text("one line\n\nanother\n")
     >>> read_texts(str(path))
     ['one line', 'another']
     """
@@ -74,7 +74,11 @@ def _column(names: Iterable[str], wanted: str | None, path: str) -> str:
     for name in (wanted,) if wanted is not None else TEXT_COLUMNS:
         if name in there:
             return name
-    told = f"no column is called {wanted!r}" if wanted else "none of the columns is known to hold texts; name it: --text_column"
+    told = (
+        f"no column is called {wanted!r}"
+        if wanted
+        else "none of the columns is known to hold texts; name it: --text_column"
+    )
     raise DataError(f"{told}; there are: {', '.join(there[:20])}", file=path)
 
 
@@ -104,7 +108,7 @@ class Vocabulary:
 
     @classmethod
     def learn(cls, texts: Iterable[str], *, size: int = 10_000, least: int = 2) -> "Vocabulary":
-        """The most frequent words: at most `size`, each at least `least` times; of equally frequent ones the first in the alphabet."""
+        """The most frequent words: at most `size`, each `least` times or more; of equally frequent ones the first by alphabet."""
         counts = Counter(word for text in texts for word in _split(text))
         counts.pop("<unk>", None)
         frequent = sorted((w for w, n in counts.items() if n >= least), key=lambda w: (-counts[w], w))[:size]

@@ -86,7 +86,9 @@ def retrained_right(
     mean, scale = train.mean(0), train.std(0)
     scale = np.where(scale > 1e-12, scale, 1.0)
     held, test = (held - mean) / scale, (test - mean) / scale
-    pairs = np.unique(np.stack([np.asarray(held_labels, str), np.asarray(held_groups, str)], 1), axis=0, return_inverse=True)
+    pairs = np.unique(
+        np.stack([np.asarray(held_labels, str), np.asarray(held_groups, str)], 1), axis=0, return_inverse=True
+    )
     member = pairs[1].reshape(-1)
     size = int(np.bincount(member).min())
     rng, weights, biases = np.random.default_rng(seed), [], []

@@ -21,14 +21,14 @@ from contralto.errors import UsageError
 from contralto.losses.tiled import tile_rows
 from contralto.losses.units import refuse_second_derivative
 
-__all__ = ["LARGEST_SCALE", "clip_sum", "info_nce_sum", "nt_xent_sum"]
+__all__ = ["LARGEST_SCALE", "clip_mean", "info_nce_mean", "nt_xent_mean"]
 
 LARGEST_SCALE = 60.0
 """exp(60), exp(-60), and sums over billions of either are normal numbers in single precision."""
 
 
-def info_nce_sum(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
-    """Sum over queries of the cross-entropy of ``scale * query @ key.T``.
+def info_nce_mean(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
+    """Mean over queries of the cross-entropy of ``scale * query @ key.T``.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def info_nce_sum(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> info_nce_sum(torch.eye(3), torch.eye(3), torch.tensor(1.0)) / 3
+    >>> info_nce_mean(torch.eye(3), torch.eye(3), torch.tensor(1.0))
     tensor(0.5514)
     """
     _check(scale)
@@ -60,36 +60,47 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
         n, step = len(query), max(min(tile_rows(len(key), key.element_size()), len(query)), 1)
-        buffer, sums = query.new_empty(step, len(key)), query.new_empty(n)
-        wants = any(ctx.needs_input_grad)
-        if wants:
-            to_query, to_key = torch.empty_like(query), torch.empty_like(key)
+        buffer, sums = query.new_empty(step, len(key)), query.new_empty(n, 1)
+        wants = ctx.needs_input_grad
+        to_query = torch.empty_like(query) if wants[0] or wants[2] else None
+        to_key = torch.empty_like(key) if wants[1] else None
         scaled = query * scale
         for start in range(0, n, step):
-            part = scaled[start : start + step]
+            part, row = scaled[start : start + step], sums[start : start + step]
             share = torch.mm(part, key.T, out=buffer[: len(part)]).exp_()
-            row = torch.sum(share, 1, keepdim=True)
-            sums[start : start + step] = row.squeeze(1)
-            if wants:
-                torch.mm(share, key, out=to_query[start : start + step]).div_(row)
-                torch.addmm(to_key, share.T, part / row, beta=0 if start == 0 else 1, out=to_key)
-        own = torch.linalg.vecdot(scaled, key[:n])
-        if wants:
-            to_query.sub_(key[:n])
-            to_key[:n].sub_(scaled)
-            to_scale = torch.linalg.vecdot(to_query, query).sum() if ctx.needs_input_grad[2] else scale
-            ctx.save_for_backward(to_query.mul_(scale), to_key, to_scale)
-        return sums.log_().sub_(own).sum()
+            torch.sum(share, 1, keepdim=True, out=row)
+            if any(wants):
+                share.div_(row).diagonal(start).sub_(1)
+            if to_query is not None:
+                torch.mm(share, key, out=to_query[start : start + step])
+            if to_key is not None:
+                torch.addmm(to_key, share.T, part, beta=0 if start == 0 else 1, out=to_key)
+        own, to_scale = torch.linalg.vecdot(scaled, key[:n]), None
+        if to_query is not None:
+            to_scale = torch.linalg.vecdot(to_query, query).sum() if wants[2] else None
+            to_query.mul_(scale)
+        _keep(ctx, to_query, to_key, to_scale, count=n)
+        return sums.squeeze(1).log_().sub_(own).sum() / max(n, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        refuse_second_derivative('needs the dense form: contrast(..., form="dense")')
-        to_query, to_key, to_scale = ctx.saved_tensors
-        return to_query * grad, to_key * grad, to_scale * grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _kept(ctx, grad)
 
 
-def clip_sum(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Sum over pairs of both cross-entropies, rows and columns, of ``scale * image @ text.T``.
+def _keep(ctx: Any, *of_sum: Tensor | None, count: int) -> None:
+    """Keep gradients of a sum until those of the mean over `count` are asked for."""
+    ctx.save_for_backward(*of_sum)
+    ctx.count = max(count, 1)
+
+
+def _kept(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative('needs the dense form: contrast(..., form="dense")')
+    share = grad / ctx.count
+    return tuple(None if x is None else x * share for x in ctx.saved_tensors)
+
+
+def clip_mean(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Mean over pairs, and over rows and columns, of the cross-entropies of ``scale * image @ text.T``.
 
     Parameters
     ----------
@@ -104,8 +115,8 @@ def clip_sum(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> clip_sum(torch.eye(3), torch.eye(3), torch.tensor(1.0)) / 3
-    tensor(1.1029)
+    >>> clip_mean(torch.eye(3), torch.eye(3), torch.tensor(1.0))
+    tensor(0.5514)
     """
     total: Tensor = _Clip.apply(image, text, scale)
     return total
@@ -133,15 +144,13 @@ class _Clip(torch.autograd.Function):
                 torch.mm(share, text, out=to_image[start : start + step])
                 part = scaled[start : start + step]
                 torch.addmm(to_text, share.T, part, beta=0 if start == 0 else 1, out=to_text)
-            to_scale = torch.linalg.vecdot(to_image, image).sum() if ctx.needs_input_grad[2] else scale
-            ctx.save_for_backward(to_image.mul_(scale), to_text, to_scale)
-        return logs.sub_(own, alpha=2).sum()
+            to_scale = torch.linalg.vecdot(to_image, image).sum() if ctx.needs_input_grad[2] else None
+            _keep(ctx, to_image.mul_(scale), to_text, to_scale, count=2 * n)
+        return logs.sub_(own, alpha=2).sum() / max(2 * n, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        refuse_second_derivative('needs the dense form: contrast(..., form="dense")')
-        to_image, to_text, to_scale = ctx.saved_tensors
-        return to_image * grad, to_text * grad, to_scale * grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _kept(ctx, grad)
 
 
 def _sums(scaled: Tensor, text: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +175,15 @@ def _shares(
         share = buffer[: len(part)]
         if step < n:  # else `_sums` has left them there
             torch.mm(part, text.T, out=share).exp_()
-        yield start, share.mul_(by_row[start : start + step].unsqueeze(1) + by_column)
+        yield start, _times_sum(share, by_row[start : start + step], by_column)
+
+
+def _times_sum(tile: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """The tile times (by_row + by_column), in place and some rows at a time: a second tile would cost more than the product."""
+    step = max(2**18 // max(len(by_column), 1), 1)
+    for start in range(0, len(tile), step):
+        tile[start : start + step].mul_(by_row[start : start + step].unsqueeze(1) + by_column)
+    return tile
 
 
 def _logs_of_sums(scaled: Tensor, text: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,8 +213,8 @@ def _far_shares(
         yield start, logits.sub_(rows[start : start + step].unsqueeze(1)).exp_().add_(by_column)
 
 
-def nt_xent_sum(z: Tensor, scale: Tensor) -> Tensor:
-    """Sum over rows of the cross-entropy of ``scale * z @ z.T`` without its diagonal; the partner of row i is i + N or i - N.
+def nt_xent_mean(z: Tensor, scale: Tensor) -> Tensor:
+    """Mean over rows of the cross-entropy of ``scale * z @ z.T`` without its diagonal; the partner of row i is i + N or i - N.
 
     Parameters
     ----------
@@ -217,7 +234,7 @@ def nt_xent_sum(z: Tensor, scale: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> nt_xent_sum(torch.eye(2).repeat(2, 1), torch.tensor(1.0)) / 4
+    >>> nt_xent_mean(torch.eye(2).repeat(2, 1), torch.tensor(1.0))
     tensor(0.5514)
     """
     _check(scale)
@@ -248,23 +265,21 @@ class _NTXent(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             inverse = 1 / sums
             if whole:
-                share.mul_(inverse.unsqueeze(1) + inverse)  # P(j | i) + P(i | j)
+                _times_sum(share, inverse, inverse)  # P(j | i) + P(i | j)
                 to_z = torch.addmm(partner, share, z, beta=-2)
             else:
                 to_z = partner.mul_(-2)
                 for start, stop, share in _upper(z, scale):
-                    share.mul_(inverse[start:stop].unsqueeze(1) + inverse[start:])
+                    _times_sum(share, inverse[start:stop], inverse[start:])
                     to_z[start:stop].addmm_(share, z[start:])
                     to_z[stop:].addmm_(share[:, stop - start :].T, z[start:stop])
-            to_scale = torch.linalg.vecdot(to_z, z).sum() / 2 if ctx.needs_input_grad[1] else scale
-            ctx.save_for_backward(to_z.mul_(scale), to_scale)
-        return sums.log().sub_(own * scale).sum()
+            to_scale = torch.linalg.vecdot(to_z, z).sum() / 2 if ctx.needs_input_grad[1] else None
+            _keep(ctx, to_z.mul_(scale), to_scale, count=n)
+        return sums.log().sub_(own * scale).sum() / max(n, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        refuse_second_derivative('needs the dense form: contrast(..., form="dense")')
-        to_z, to_scale = ctx.saved_tensors
-        return to_z * grad, to_scale * grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _kept(ctx, grad)
 
 
 def _upper(z: Tensor, scale: Tensor) -> Iterator[tuple[int, int, Tensor]]:

@@ -8,27 +8,31 @@ Whether the denominator holds the positives and the anchor itself is the caller'
 values: *dense* below, short and obvious, holds the whole N x M matrix; *tiled* (`losses.tiled`) never does.
 """
 
-from typing import Literal
+import warnings
+from functools import cache
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from contralto.distributed import gather_with_gradient, mean_weight, world_size
 from contralto.errors import UsageError
 from contralto.losses.tiled import TileFunction, called, columns_of, contrast_tiled, one_hot
 from contralto.losses.units import full_precision, unit_rows
 
-__all__ = ["Form", "Reduction", "contrast", "soft_cross_entropy"]
+__all__ = ["Form", "Gather", "Reduction", "contrast", "is_across", "mean_over_ranks", "soft_cross_entropy"]
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
-Form = Literal["auto", "dense", "tiled"]
+Form = Literal["auto", "dense", "tiled", "fused"]
+Gather = Literal["none", "all"]
 
 
 def contrast(
     query: Tensor,
     key: Tensor,
     *,
-    positives: Tensor | TileFunction,
+    positives: Tensor | TileFunction | None,
     weights: Tensor | TileFunction | None = None,
     temperature: float | Tensor = 0.1,
     coupled: bool = False,
@@ -36,6 +40,7 @@ def contrast(
     normalize: bool = True,
     reduction: Reduction = "mean",
     form: Form = "auto",
+    gather: Gather = "none",
 ) -> Tensor:
     """Contrast every query with all keys.
 
@@ -48,7 +53,7 @@ def contrast(
     positives : Tensor or function
         P. Integers (..., N): the column of the one positive, -1 = none. Otherwise booleans or weights >= 0 that broadcast
         to (..., N, M). Never carries gradient. A function is called with row numbers (n, 1) and column numbers (1, m)
-        and returns that tile of P.
+        and returns that tile of P. None: the loss is the logarithm of the denominator alone.
     weights : Tensor or function, optional
         W, booleans or weights >= 0 that broadcast to (..., N, M), so (M,) weighs columns; default: all columns, once.
         Integers (..., N, E): the columns that a row leaves out of its denominator, -1 = none. A function works as for
@@ -64,8 +69,14 @@ def contrast(
     reduction : {"mean", "mean_all", "sum", "none"}
         "mean" is over the anchors that have positives, "mean_all" over all anchors; anchors without positives, or without
         anything to be compared with, count as 0.
-    form : {"auto", "dense", "tiled"}
-        "auto" is tiled unless there are leading dimensions. They and second derivatives need the dense form.
+    form : {"auto", "dense", "tiled", "fused"}
+        "auto" is fused for half precision on CUDA where there is one positive a row by its column, `weights` are columns left out
+        or none, and the temperature is one or one per row; otherwise tiled. Leading dimensions and second derivatives need the
+        dense form.
+    gather : {"none", "all"}
+        "all" contrasts the queries of this process with the keys of all (`distributed.gather_with_gradient`); `positives` and
+        `weights` then speak of those, see `distributed.own_places`. The mean over processes of what they return, and of their
+        parameters' gradients, is that of one process with the whole batch.
 
     Returns
     -------
@@ -79,9 +90,9 @@ def contrast(
 
     Notes
     -----
-    Half precision is computed in float32. InfoNCE of paired views is ``positives=torch.arange(N)``; a queue of negatives
-    is ``key=cat(view, queue)`` with `weights` 0 on the view's columns and ``coupled=True``; prototype contrast is
-    ``key=prototypes, positives=labels``.
+    Half precision is computed in float32; the fused form takes its products from half precision and adds up in float32. InfoNCE
+    of paired views is ``positives=torch.arange(N)``; a queue of negatives is ``key=cat(view, queue)`` with `weights` 0 on the
+    view's columns and ``coupled=True``; prototype contrast is ``key=prototypes, positives=labels``.
 
     Examples
     --------
@@ -93,14 +104,19 @@ def contrast(
     """
     if query.shape[-1] != key.shape[-1]:
         raise UsageError(f"query and key must have the same width, got {query.shape[-1]} and {key.shape[-1]}")
-    if form not in ("auto", "dense", "tiled"):
-        raise UsageError(f'form must be "auto", "dense" or "tiled", got {form!r}')
+    if form not in ("auto", "dense", "tiled", "fused"):
+        raise UsageError(f'form must be "auto", "dense", "tiled" or "fused", got {form!r}')
     if reduction not in ("mean", "mean_all", "sum", "none"):
         raise UsageError(f'reduction must be "mean", "mean_all", "sum" or "none", got {reduction!r}')
+    if positives is None and (coupled or log_outside):
+        raise UsageError("positives=None gives the logarithm of the denominator alone: neither coupled nor log_outside")
     if coupled and log_outside:
         raise UsageError("coupled=True is defined for the sum of logarithms only, not with log_outside=True")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise UsageError(f"temperature must be above 0, got {temperature}")
+    across = is_across(gather)
+    if across:
+        key = gather_with_gradient(key)
     positives, weights = columns_of(positives), columns_of(weights)
     if isinstance(positives, Tensor) and positives.dtype == torch.int64 and positives.shape != query.shape[:-1]:
         raise UsageError(
@@ -111,34 +127,93 @@ def contrast(
             f"weights as integers name columns to leave out and must be of shape {(*query.shape[:-1], 'E')}, got "
             f"{tuple(weights.shape)}"
         )
+    flat = query.ndim == key.ndim == 2
+    simple = flat and not coupled and not log_outside and _is_simple(positives, weights, temperature, len(query))
+    if form == "auto":
+        form = "dense" if not flat else "fused" if simple and is_half_on_cuda(query, key) and _fused() else "tiled"
+    if form in ("tiled", "fused") and not flat:
+        raise UsageError(f'form="{form}" takes query (N, D) and key (M, D); leading dimensions need "dense"')
+    if form == "fused" and not simple:
+        raise UsageError(
+            'form="fused" takes one positive a row by its column, columns left out, one temperature or one per row'
+        )
     with full_precision(query):
-        dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+        given = torch.promote_types(query.dtype, key.dtype)
+        dtype = torch.promote_types(given, torch.float32)
         query, key = (query.to(dtype),) * 2 if query is key else (query.to(dtype), key.to(dtype))
-        flat = query.ndim == key.ndim == 2
-        if form == "tiled" or (form == "auto" and flat):
-            if not flat:
-                raise UsageError('form="tiled" takes query (N, D) and key (M, D); leading dimensions need "dense"')
-            if normalize:
-                query, key = unit_rows(query) * 2 if query is key else unit_rows(query, key)
+        if normalize and form == "dense":
+            query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        elif normalize:
+            query, key = unit_rows(query) * 2 if query is key else unit_rows(query, key)
+        if form == "dense":
+            loss, valid = _dense(query, key, positives, weights, temperature, coupled, log_outside)
+        elif form == "tiled":
             loss, valid = contrast_tiled(
                 query, key, positives=positives, weights=weights, temperature=temperature, coupled=coupled,
                 log_outside=log_outside, summed=reduction != "none",
             )  # fmt: skip
         else:
-            if normalize:
-                query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-            loss, valid = _dense(query, key, positives, weights, temperature, coupled, log_outside)
+            from contralto.losses.fused import contrast_fused
+
+            loss, valid = contrast_fused(
+                query.to(given), key.to(given), positives=cast(Tensor | None, positives), out=cast(Tensor | None, weights),
+                temperature=temperature,
+            )  # fmt: skip
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (valid.sum().clamp_min(1) if reduction == "mean" else max(valid.numel(), 1))
+    count = valid.sum() if reduction == "mean" else torch.tensor(valid.numel(), device=valid.device)
+    loss = loss.sum() if reduction == "sum" else loss.sum() / count.clamp_min(1)
+    return mean_over_ranks(loss, count, reduction) if across else loss
+
+
+def is_half_on_cuda(*rows: Tensor) -> bool:
+    """Whether the fused form is the faster one: all rows of one half precision, on CUDA."""
+    kinds = {(x.device.type, x.dtype) for x in rows}
+    return len(kinds) == 1 and kinds <= {("cuda", torch.float16), ("cuda", torch.bfloat16)}
+
+
+def _is_simple(positives: object, weights: object, temperature: float | Tensor, rows: int) -> bool:
+    """Whether the fused form takes these."""
+    by_column = positives is None or (isinstance(positives, Tensor) and positives.dtype == torch.int64)
+    leaves_out = weights is None or (isinstance(weights, Tensor) and weights.dtype == torch.int64)
+    by_row = not isinstance(temperature, Tensor) or temperature.numel() == 1 or temperature.shape == (rows, 1)
+    return by_column and leaves_out and by_row
+
+
+@cache
+def _fused() -> bool:
+    """Whether the fused form works here; says once why not."""
+    try:
+        from contralto.losses.fused import contrast_fused
+
+        with torch.enable_grad():
+            x = torch.eye(16, dtype=torch.float16, device="cuda", requires_grad=True)
+            contrast_fused(x, x, positives=None, out=None, temperature=1.0)[0].sum().backward()
+    except Exception as error:  # whatever a compiler or a driver raises
+        warnings.warn(f"contrast: the fused form does not work here, the tiled one is taken: {error}", stacklevel=3)
+        return False
+    return True
+
+
+def is_across(gather: Gather) -> bool:
+    """Whether there are other processes whose rows are to be taken."""
+    if gather not in ("none", "all"):
+        raise UsageError(
+            f'gather must be "none" or "all", got {gather!r}; keys of other processes without their gradient are not '
+            "offered: the gradient of a loss over them would be wrong"
+        )
+    return gather == "all" and world_size() > 1
+
+
+def mean_over_ranks(loss: Tensor, count: Tensor, reduction: Reduction) -> Tensor:
+    """A loss over `count` anchors of this process, so scaled that its mean over processes is the loss of the whole batch."""
+    return loss if reduction == "none" else loss * (world_size() if reduction == "sum" else mean_weight(count))
 
 
 def _dense(
     query: Tensor,
     key: Tensor,
-    positives: Tensor | TileFunction,
+    positives: Tensor | TileFunction | None,
     weights: Tensor | TileFunction | None,
     temperature: float | Tensor,
     coupled: bool,
@@ -146,7 +221,6 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     """Losses (..., N) and which rows count, by the whole matrix."""
     logits = query @ key.transpose(-1, -2) / temperature  # (..., N, M)
-    P = _dense_positives(positives, logits).detach()
     masked = logits
     if weights is not None:
         W = _dense_weights(weights, logits)
@@ -154,18 +228,21 @@ def _dense(
     # A finite floor keeps rows without any column out of inf - inf; they are skipped below.
     floor = torch.finfo(logits.dtype).min
     log_denominator = masked.clamp_min(floor).logsumexp(-1, keepdim=True)  # (..., N, 1)
+    valid = (masked > floor).any(-1)
+    if positives is None:
+        return torch.where(valid, log_denominator.squeeze(-1), 0.0), valid
+    P = _dense_positives(positives, logits).detach()
     if coupled:
         per_pair = torch.logaddexp(log_denominator.expand_as(logits), logits) - logits
         loss = torch.where(P > 0, P * per_pair, 0.0).sum(-1)
         valid = (P > 0).any(-1)
     elif log_outside:
         loss = log_denominator.squeeze(-1) - (logits + P.log()).clamp_min(floor).logsumexp(-1)
-        valid = (P > 0).any(-1) & (masked > floor).any(-1)
+        valid = (P > 0).any(-1) & valid
     else:
         loss = torch.where(P > 0, P * (log_denominator - logits), 0.0).sum(-1)
-        valid = (P > 0).any(-1) & (masked > floor).any(-1)
-    loss = torch.where(valid, loss, loss.new_zeros(()))
-    return loss, valid
+        valid = (P > 0).any(-1) & valid
+    return torch.where(valid, loss, 0.0), valid
 
 
 def _dense_weights(weights: Tensor | TileFunction, logits: Tensor) -> Tensor:

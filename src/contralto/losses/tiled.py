@@ -38,7 +38,7 @@ def contrast_tiled(
     query: Tensor,
     key: Tensor,
     *,
-    positives: Tensor | TileFunction,
+    positives: Tensor | TileFunction | None,
     weights: Tensor | TileFunction | None = None,
     temperature: float | Tensor = 0.1,
     coupled: bool = False,
@@ -86,7 +86,7 @@ class _Tiles:
 
     def __init__(
         self,
-        positives: Tensor | TileFunction,
+        positives: Tensor | TileFunction | None,
         out: Tensor | None,
         weight_function: TileFunction | None,
         coupled: bool,
@@ -99,7 +99,7 @@ class _Tiles:
     @property
     def by_column(self) -> bool:
         """Whether a row has one positive at most, named by its column."""
-        return isinstance(self.positives, Tensor) and self.positives.dtype == torch.int64
+        return self.positives is None or (isinstance(self.positives, Tensor) and self.positives.dtype == torch.int64)
 
     def leave_out(self, logits: Tensor, start: int, stop: int) -> Tensor:
         """The tile with what is left out at minus infinity, changed in place."""
@@ -113,6 +113,8 @@ class _Tiles:
 
     def dense(self, start: int, stop: int, tile: Tensor) -> Tensor:
         """Positives of some rows, dense (n, M)."""
+        if self.positives is None:
+            return torch.zeros_like(tile)
         if not isinstance(self.positives, Tensor):
             return called(self.positives, start, tile).to(tile.dtype)
         if self.by_column:
@@ -242,10 +244,12 @@ def _quick_tile(
     else:
         torch.addmm(bias, scaled, key.T, out=share)
     tiles.leave_out(share, start, stop)
-    column = tiles.positives[start:stop]  # type: ignore[index]
-    has = column >= 0
-    column = column.clamp_min(0)
-    own = (scaled * key[column]).sum(1)  # without the weight of its column
+    own, has, column = scaled.new_zeros(()), torch.ones(n, dtype=torch.bool, device=query.device), None
+    if isinstance(tiles.positives, Tensor):
+        column = tiles.positives[start:stop]
+        has = column >= 0
+        column = column.clamp_min(0)
+        own = torch.linalg.vecdot(scaled, key[column])  # without the weight of its column
     highest = share.amax(1)
     nothing = highest == -torch.inf
     share = torch.softmax(share, 1, out=share if share.is_cpu else None)  # row by row: may overwrite what it reads
@@ -259,7 +263,8 @@ def _quick_tile(
         loss, valid = log_denominator - own, has & ~nothing
     counts = valid & ~nothing
     if gradients is not None:
-        share.scatter_add_(1, column.unsqueeze(1), share.new_full((1, 1), -1.0).expand(n, 1))
+        if column is not None:
+            share.scatter_add_(1, column.unsqueeze(1), share.new_full((1, 1), -1.0).expand(n, 1))
         if not bool(counts.all()):
             share.masked_fill_(~counts.unsqueeze(1), 0.0)
         for more in (factor, upstream):
@@ -302,7 +307,7 @@ def _tile(
     if tiles.out is not None:
         masked = tiles.leave_out(masked.clone(), start, stop)
     L = masked.clamp_min(floor).logsumexp(-1, keepdim=True)
-    valid = positive.any(-1)
+    valid = positive.any(-1) if tiles.positives is not None else torch.ones_like(positive[:, 0])
     # c: derivative of the loss by L; rest: what else of the derivative by the logits there is.
     if tiles.coupled:
         both = torch.logaddexp(L.expand_as(logits), logits)
@@ -316,6 +321,8 @@ def _tile(
             inner = inside.clamp_min(floor).logsumexp(-1, keepdim=True)
             loss = (L - inner).squeeze(-1)
             c, rest = torch.ones_like(L), -(inside - inner).exp()
+        elif tiles.positives is None:
+            loss, c, rest = L.squeeze(-1), torch.ones_like(L), -P
         else:
             loss = torch.where(positive, P * (L - logits), 0.0).sum(-1)
             c, rest = P.sum(-1, keepdim=True), -P

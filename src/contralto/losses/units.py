@@ -53,7 +53,8 @@ class _Unit(torch.autograd.Function):
 
 def _across(grad: Tensor, unit: Tensor) -> Tensor:
     """What of every row of `grad` is at right angles to that of `unit`."""
-    return torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit).unsqueeze(1), value=-1)
+    along = unit * torch.linalg.vecdot(grad, unit).unsqueeze(1)
+    return torch.sub(grad, along, out=along)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:

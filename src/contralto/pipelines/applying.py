@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +14,10 @@ from contralto.data.ingest import clean_name
 from contralto.data.sources import IMAGE_SUFFIXES, Block, find_blocks, read_block
 from contralto.errors import DataError
 from contralto.files import write_atomically
-from contralto.pipelines.embedding import Embedder
 from contralto.systems.webly.model import UNKNOWN, WebClassifier
+
+if TYPE_CHECKING:
+    from contralto.pipelines.embedding import Embedder
 
 __all__ = ["Applied", "apply_model"]
 
@@ -33,7 +35,7 @@ class Applied:
 
 
 def apply_model(
-    model: WebClassifier | Embedder,
+    model: "WebClassifier | Embedder",
     data: str,
     target: str | Path,
     *,
@@ -94,7 +96,7 @@ def apply_model(
 
 
 def _results(
-    model: WebClassifier | Embedder, data: str, task: str, threshold: float, image_column: str | None, on: str | None
+    model: "WebClassifier | Embedder", data: str, task: str, threshold: float, image_column: str | None, on: str | None
 ) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
     if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
         return iter([(_Apply(model, task, threshold).table([data], [Path(data).read_bytes()]), [])])
@@ -108,7 +110,7 @@ class _Apply:
 
     def __init__(
         self,
-        model: WebClassifier | Embedder,
+        model: "WebClassifier | Embedder",
         task: str,
         threshold: float,
         image_column: str | None = None,

@@ -29,11 +29,10 @@ from contralto.files import load_weights, naming
 from contralto.review.encoder import write_encoder_report
 from contralto.systems.registry import get_system
 from contralto.systems.selfsup.base import SelfSupervised
-from contralto.systems.webly.model import WebClassifier, as_tensor
-from contralto.systems.webly.model import load as load_classifier
+from contralto.systems.webly.model import as_tensor
 from contralto.views.image import EvalView, draw_views, strong_view, view_generator
 
-__all__ = ["Embedder", "evaluate_encoder", "load", "report_encoder"]
+__all__ = ["Embedder", "evaluate_encoder", "load_embedder", "report_encoder"]
 
 Array = npt.NDArray[Any]
 CROP = 0.875
@@ -83,28 +82,17 @@ class Embedder:
         return self
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier | Embedder:
-    """Load what a run learnt: ``contralto.load(run).predict(images)``, or ``.embed(images)`` of a pretrained encoder.
-
-    Parameters
-    ----------
-    folder : path
-        A run folder; of a classifier, its `model` folder serves too.
-    device : str
-
-    Returns
-    -------
-    WebClassifier or Embedder
-        In evaluation mode.
+def load_embedder(folder: str | Path, *, device: str = "cpu") -> Embedder:
+    """The trained system of a run folder, in evaluation mode.
 
     Raises
     ------
     DataError
-        If there is nothing finished in the folder, or it is damaged.
+        If it is not finished, or damaged.
     """
     folder = Path(folder)
     if not (folder / "built.json").is_file():
-        return load_classifier(folder, device=device)
+        raise DataError("there is no pretrained encoder here (built.json); is the run finished?", file=str(folder))
     with naming(folder / "built.json"):
         built = dict(json.loads((folder / "built.json").read_text(encoding="utf-8")))
     with naming(folder / "config.json"):
@@ -198,11 +186,9 @@ def report_encoder(run: str | Path, *, out: str | Path | None = None, most: int 
     >>> report_encoder("nowhere")
     Traceback (most recent call last):
     ...
-    contralto.errors.DataError: nowhere: there is no model here (config.json and model.safetensors); is the run finished?
+    contralto.errors.DataError: nowhere: there is no pretrained encoder here (built.json); is the run finished?
     """
-    model = load(run)
-    if not isinstance(model, Embedder):
-        raise UsageError(f"{run} is no pretraining")
+    model = load_embedder(run)
     manifest = Manifest.load(Path(run) / "manifest")
     rows = np.sort(np.random.default_rng(seed).permutation(len(manifest))[:most])
     pictures = [decode_image(manifest.read_bytes(int(row))) for row in rows]

@@ -182,9 +182,9 @@ def fit_dual_stages(
     Parameters
     ----------
     dual : nn.Module
-        Has `encode_image` and `encode_text`, which give raw embeddings (N, D); as the models of open_clip do. It stays as it is.
+        Has `encode_image` and `encode_text`, which give raw embeddings (N, D), as models of open_clip do; it stays as it is.
     pairs : Dataset
-        ``pairs[epoch, row]`` is a dict of `views`, image and text as the encoder takes them, and `index`, the row; it has a length.
+        ``pairs[epoch, row]`` is a dict of `views` (image and text, as the encoder takes them) and `index`, the row.
     out : path
         Folder of this training; called again with the same arguments, it goes on where it stopped.
     num_features : int
@@ -212,7 +212,20 @@ def fit_dual_stages(
         In evaluation mode.
     """
     out, count = Path(out), len(pairs)  # type: ignore[arg-type]
-    settings = [count, num_features, pretrained, clusters, batch_size, smallest, epochs, lr, weight_decay, warmup, init, seed]
+    settings = [
+        count,
+        num_features,
+        pretrained,
+        clusters,
+        batch_size,
+        smallest,
+        epochs,
+        lr,
+        weight_decay,
+        warmup,
+        init,
+        seed,
+    ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for value in dual.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
@@ -236,7 +249,9 @@ def fit_dual_stages(
             encoder, num_features=num_features, num_samples=count, steps_per_epoch=steps, seed=own, epochs=epochs,
             batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup=warmup,
         )  # fmt: skip
-        of_stage = f"{digest.hexdigest()} {stage} " + ("" if codes is None else hashlib.sha256(codes.tobytes()).hexdigest())
+        of_stage = f"{digest.hexdigest()} {stage} " + (
+            "" if codes is None else hashlib.sha256(codes.tobytes()).hexdigest()
+        )
         fit_stage(
             module, DataLoader(pairs, num_workers=workers, **order), out / f"stage{stage}", epochs=epochs,
             fingerprint=hashlib.sha256(of_stage.encode()).hexdigest()[:16], progress=progress, trainer=flags,
@@ -252,6 +267,8 @@ def fit_dual_stages(
                 [encoder.encode_image(b["views"][0].to(device)).float().cpu().numpy() for b in loader]
             )
 
-    keep = out / f"codes-{digest.hexdigest()[:16]}"  # a folder may hold codes of other settings, whose trainings are refused
+    keep = (
+        out / f"codes-{digest.hexdigest()[:16]}"
+    )  # a folder may hold codes of other settings, whose trainings are refused
     found = train_in_stages(train, embed, stages=stages, clusters=clusters, batch_size=size, seed=seed, keep=keep)
     return DualStages([s.learnt for s in found]).eval()

@@ -245,16 +245,16 @@ class Pretraining:
         names = inspect.signature(self.system.__init__).parameters
         self.built = {k: v for k, v in facts.items() if k in names}
         given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
-        return self.system(encoder, **self.built, **given)
+        module = self.system(encoder, **self.built, **given)
+        module.take_classes([c.name for c in self.manifest.classes])
+        return module
 
     def loader(self, module: SelfSupervised) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
         dataset = self.dataset(module.encoder.size)  # type: ignore[arg-type]
+        settings = {"collate_fn": as_it_is} | self.order(module)
         return DataLoader(
-            dataset,
-            num_workers=0 if dataset.cache is not None else self.arguments["workers"],
-            collate_fn=as_it_is,
-            **self.order(module),
+            dataset, num_workers=0 if dataset.cache is not None else self.arguments["workers"], **settings
         )
 
     def order(self, module: SelfSupervised) -> dict[str, Any]:

@@ -66,7 +66,9 @@ class SentenceModel:
     @torch.inference_mode()
     def rewrite(self, texts: Sequence[str]) -> list[str]:
         """The most likely sentences of the codes of texts."""
-        return self.vocabulary.decode(self.system.reconstruct(self.numbers(texts).to(self.system.steps.device)).cpu().numpy())
+        return self.vocabulary.decode(
+            self.system.reconstruct(self.numbers(texts).to(self.system.steps.device)).cpu().numpy()
+        )
 
     @torch.inference_mode()
     def write(self, n: int, *, seed: int = 0) -> list[str]:
@@ -157,7 +159,10 @@ class SentenceJob:
         DataError
             If the data cannot be used.
         """
-        out, given = Path(out), {k: v for k, v in locals().items() if k not in ("self", "data", "out", "system", "progress")}
+        out, given = (
+            Path(out),
+            {k: v for k, v in locals().items() if k not in ("self", "data", "out", "system", "progress")},
+        )
         known = self.parameters()
         unknown = sorted(set(system) - set(known))
         if unknown:
@@ -182,8 +187,12 @@ class SentenceJob:
         numbers = torch.from_numpy(vocabulary.encode([texts[i] for i in kept], length=a["length"]))
         batch = min(a["batch_size"], len(kept))
         loader: DataLoader[Any] = DataLoader(
-            _Sentences(numbers), batch_size=batch, sampler=EpochSampler(len(kept), seed=seed), collate_fn=as_it_is, drop_last=True,
-        )  # fmt: skip
+            _Sentences(numbers),
+            batch_size=batch,
+            sampler=EpochSampler(len(kept), seed=seed),
+            collate_fn=as_it_is,  # batches come whole
+            drop_last=True,
+        )
         module = build(self.system, a, vocabulary, num_samples=len(kept), steps_per_epoch=len(kept) // batch)
         told = json.dumps([texts, {k: v for k, v in a.items() if k not in FREE}], sort_keys=True, default=str)
         fit_stage(
@@ -257,7 +266,9 @@ def _keep(model: SentenceModel, texts: list[str], tested: list[str], out: Path) 
     write_atomically(out / "embeddings.parquet", lambda path: pq.write_table(table, path))
     shown = tested[:SHOWN]
     lines = [f"{text}\n  -> {again}" for text, again in zip(shown, model.rewrite(shown), strict=True)]
-    page = "\n".join(["Held-out sentences, and what the model makes of them:", "", *lines, "", "New ones:", "", *model.write(SHOWN)])
+    page = "\n".join(
+        ["Held-out sentences, and what the model makes of them:", "", *lines, "", "New ones:", "", *model.write(SHOWN)]
+    )
     write_atomically(out / "written.txt", lambda path: path.write_text(page + "\n", encoding="utf-8"))
     with naming(out / "training" / "metrics.jsonl"):
         last = (out / "training" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1:]

@@ -202,6 +202,15 @@ SYSTEMS: dict[str, System] = {
             "Separating common from salient patterns with Contrastive Representation Learning, ICLR 2024, arXiv 2402.11928",
             data="images with one of two labels: background and target",
         ),
+        System(
+            name="sentence-mim",
+            title="SentenceMIM",
+            problem="encoder and writer of sentences, from texts alone",
+            data="texts: lines, or a column of JSON lines, CSV or Parquet",
+            paper="SentenceMIM: A Latent Variable Language Model, 2020, arXiv 2003.02645; cMIM, 2025, arXiv 2502.19642",
+            path="contralto.systems.text.sentence_mim:SentenceMIM",
+            job="contralto.pipelines.sentences:SentenceJob",
+        ),
     )
 }
 

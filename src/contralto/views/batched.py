@@ -30,8 +30,8 @@ __all__ = ["BatchView", "DrawViews", "Drawn", "apply_view", "draw_batch", "draw_
 ORDERS = tuple(itertools.permutations(range(4)))
 """In which the four changes of colour may come, by number."""
 TRIES = 10
-BLOCK_BYTES = 2 * 2**20
-"""Pictures of a block stay in the cache of a core while one change after the other is made."""
+BLOCK_BYTES = 8 * 2**20
+"""Pictures of a block stay in the cache while one change after the other is made; half and twice as many are 10 % slower."""
 BLUR_BLOCK = 32
 # Which of a sample's uniform numbers decides what; a new one goes to the end, so that the others stay as they are.
 _AREA, _RATIO = slice(0, TRIES), slice(TRIES, 2 * TRIES)

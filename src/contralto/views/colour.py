@@ -1,10 +1,14 @@
-"""Colour changes of a batch of pictures, in place, with one factor per picture; values are those of torchvision.
+"""Colour changes of pictures, in place; values are those of torchvision.
 
-Pictures are float32 (N, 3, H, W) with values from 0 to 255, on any device. The functions change them where they are.
+Pictures are float32 (..., 3, H, W) with values from 0 to 255: torch tensors (N, 3, H, W) with factors (N, 4), a set for each
+picture, on any device; or a numpy array (3, H, W) with factors (4,), because for one small picture numpy's calls cost half of
+torch's. The arithmetic is the same: both have its few functions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,20 +19,20 @@ GREY = (0.2989, 0.587, 0.114)
 TOP = 255.0
 
 
-def change_colours(x: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
+def change_colours(x: Any, factors: Any, order: Sequence[int]) -> Any:
     """Brightness, contrast, saturation and hue, in a given order; values as of torchvision's `adjust_...`.
 
     Parameters
     ----------
-    x : Tensor (N, 3, H, W), or (N, 1, H, W) where all is grey
-    factors : Tensor (N, 4)
+    x : Tensor or array (..., 3, H, W), or (..., 1, H, W) where all is grey
+    factors : Tensor or array (..., 4)
         Of brightness, contrast and saturation (1 changes nothing), and the shift of hue in turns of the colour circle.
     order : sequence of int
         Which of the four comes first, and so on, the same for all.
 
     Returns
     -------
-    Tensor
+    Tensor or array
         `x` itself.
 
     Examples
@@ -38,36 +42,39 @@ def change_colours(x: Tensor, factors: Tensor, order: Sequence[int]) -> Tensor:
     [0.0, 255.0, 0.0]
     """
     for step in order:
-        factor = factors[:, step].view(-1, 1, 1, 1)
-        if step >= 2 and x.shape[1] == 1:
+        factor = factors[..., step, None, None, None]
+        if step >= 2 and x.shape[-3] == 1:
             continue  # grey has neither saturation nor hue
         if step == 0:
-            x.mul_(factor)
+            x *= factor
         elif step == 1:
-            mean = x.mean((2, 3), keepdim=True)
-            shift = rgb_to_grey(mean)  # the mean of the grey picture, without making it
-            x.mul_(factor).add_(shift.mul_(1 - factor))
+            grey = rgb_to_grey(x.mean((-2, -1))[..., None, None])  # the mean of the grey picture, without making it
+            x *= factor
+            x += grey * (1 - factor)
         elif step == 2:
-            grey = rgb_to_grey(x).mul_(1 - factor)
-            x.mul_(factor).add_(grey)
+            grey = rgb_to_grey(x)
+            grey *= 1 - factor
+            x *= factor
+            x += grey
         else:
-            adjust_hue(x, factors[:, 3])
+            adjust_hue(x, factors[..., 3])
             continue
-        x.clamp_(0, TOP)
+        _functions(x).clip(x, 0, TOP, out=x)
     return x
 
 
-def rgb_to_grey(x: Tensor) -> Tensor:
-    """(N, 3, H, W) -> (N, 1, H, W) with the weights of ITU-R 601; (N, 1, H, W) is grey already, and copied."""
-    if x.shape[1] == 1:
-        return x.clone()
-    grey = x[:, :1] * GREY[0]
-    grey.add_(x[:, 1:2], alpha=GREY[1])
-    return grey.add_(x[:, 2:], alpha=GREY[2])
+def rgb_to_grey(x: Any) -> Any:
+    """(..., 3, H, W) -> (..., 1, H, W) with the weights of ITU-R 601; (..., 1, H, W) is grey already, and copied."""
+    if x.shape[-3] == 1:
+        return x * 1
+    grey = x[..., 0:1, :, :] * GREY[0]
+    grey += x[..., 1:2, :, :] * GREY[1]
+    grey += x[..., 2:3, :, :] * GREY[2]
+    return grey
 
 
-def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue of HSV by `turns` (N,) of the colour circle, in few passes, without a division or a choice.
+def adjust_hue(x: Any, turns: Any) -> Any:
+    """Shift the hue of HSV by `turns` (...) of the colour circle, in few passes, without a division or a choice.
 
     A channel falls from the largest value to the least by its distance on the circle, which is six times the chroma around.
     From red, the distance is the sum of the other two above the least, plus what red lacks of the largest; green being more
@@ -78,21 +85,32 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     >>> adjust_hue(torch.tensor([255.0, 0, 0]).view(1, 3, 1, 1), torch.tensor([0.5])).flatten().tolist()
     [0.0, 255.0, 255.0]
     """
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    use = _functions(x)
+    r, g, b = (x[..., i : i + 1, :, :] for i in range(3))
+    low, high = use.minimum(r, g), use.maximum(r, g)
+    use.minimum(low, b, out=low)
+    use.maximum(high, b, out=high)
     chroma = high - low
-    r, g, b = x.split(1, 1)
-    side = g - b
-    place = (g + b).sub_(r).add_(chroma).sub_(low)
-    torch.copysign(place, side, out=place)
-    top, chroma3 = high + chroma, chroma * 3
+    place = g + b
+    place -= r
+    place += chroma
+    place -= low
+    use.copysign(place, g - b, out=place)
     # Where the middle of the low part of red, green and blue comes to lie, in [-3, 3); the peak is 3 away, on either side.
-    shift = 6 - 2 * torch.arange(3, device=x.device)
-    middle = torch.remainder(turns[:, None] * 6 + shift, 6) - 3
-    torch.mul(chroma, middle[:, :, None, None], out=x)
-    x.add_(place).abs_().sub_(chroma3).abs_()
-    torch.sub(top, x, out=x)
-    torch.maximum(x, low, out=x)
-    return torch.minimum(x, high, out=x)
+    steps = torch.arange(6, 0, -2, device=x.device) if use is torch else np.arange(6, 0, -2, dtype=np.float32)
+    middle = (turns[..., None] * 6 + steps) % 6 - 3
+    use.multiply(chroma, middle[..., None, None], out=x)
+    x += place
+    use.abs(x, out=x)
+    x -= chroma * 3
+    use.abs(x, out=x)
+    use.subtract(high + chroma, x, out=x)
+    use.maximum(x, low, out=x)
+    return use.minimum(x, high, out=x)
+
+
+def _functions(x: Any) -> Any:
+    return torch if isinstance(x, Tensor) else np
 
 
 def solarize(x: Tensor, threshold: float = 128.0) -> Tensor:

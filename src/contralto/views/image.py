@@ -37,6 +37,7 @@ OVERSAMPLING = 1.5
 """Pixels of a JPEG decoded at a reduced scale for each pixel of a view, at least."""
 Box = tuple[float, float, float, float]
 Pixels = npt.NDArray[np.uint8]
+Planes = npt.NDArray[np.float32]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -119,7 +120,7 @@ class View:
             out = rgb_to_grey(out)
         if jitter is not None:
             change_colours(out, *jitter)
-        return _normalise(out, offset, self.mean, self.std)
+        return _normalise(np.repeat(out, 3, 0) if grey else out, offset, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,8 @@ def resize_image(image: Image.Image, rows: int, columns: int) -> Pixels:
     return np.asarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def _planes(pixels: Pixels) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32))[None]
+def _planes(pixels: Pixels) -> Planes:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
 
 
 def weak_view(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> View:
@@ -264,17 +265,17 @@ def _crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[Tensor, list[int]]:
+def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32], list[int]]:
     low, high = max(0.0, 1 - strength), 1 + strength
     factors = rng.uniform(low, high, 3).tolist()
     hue = rng.uniform(-min(strength, 0.5), min(strength, 0.5))
-    return torch.tensor([[*factors, hue]]), rng.permutation(4).tolist()
+    return np.array([*factors, hue], np.float32), rng.permutation(4).tolist()
 
 
 def _normalise(
-    image: Tensor, offset: npt.NDArray[np.float64], mean: tuple[float, float, float], std: tuple[float, float, float]
+    image: Planes, offset: npt.NDArray[np.float64], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> Tensor:
-    """(image / 255 + offset - mean) / std."""
-    scale = torch.tensor(1 / (255 * np.array(std)), dtype=torch.float32).view(3, 1, 1)
-    shift = torch.tensor((offset - mean) / std, dtype=torch.float32).view(3, 1, 1)
-    return (image[0] * scale).add_(shift)
+    """(image / 255 + offset - mean) / std, in place."""
+    image *= (1 / (255 * np.array(std)))[:, None, None].astype(np.float32)
+    image += ((offset - mean) / std)[:, None, None].astype(np.float32)
+    return torch.from_numpy(image)

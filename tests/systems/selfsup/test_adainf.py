@@ -23,7 +23,15 @@ from contralto.views.presets import adainf_pair
 from tests.systems.selfsup import steps
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "adainf.npz"
-FACTS = {"num_features": 10, "num_samples": steps.SAMPLES, "steps_per_epoch": 3, "epochs": 4, "dim": 5, "hidden": 7, "seed": 1}
+FACTS = {
+    "num_features": 10,
+    "num_samples": steps.SAMPLES,
+    "steps_per_epoch": 3,
+    "epochs": 4,
+    "dim": 5,
+    "hidden": 7,
+    "seed": 1,
+}
 
 
 @pytest.mark.parametrize(("case", "temperature"), [("c0", 0.2), ("c2", 0.5)])
@@ -39,7 +47,11 @@ def test_the_loss_is_that_of_the_official_code(case, temperature):
 
 @pytest.mark.parametrize(
     ("base", "system", "more"),
-    [("simclr", SimCLR, {"temperature": 0.2}), ("moco", MoCo, {"queue_size": 24, "decay": 0.9}), ("byol", BYOL, {"decay": 0.9})],
+    [
+        ("simclr", SimCLR, {"temperature": 0.2}),
+        ("moco", MoCo, {"queue_size": 24, "decay": 0.9}),
+        ("byol", BYOL, {"decay": 0.9}),
+    ],
 )
 def test_the_step_is_that_of_the_base(base, system, more):
     plain = steps.without_batch_norm(system(steps.encoder(), **FACTS, **more))
@@ -141,7 +153,9 @@ def test_presets_are_systems(name):
     names = inspect.signature(AdaInf.__init__).parameters
     given = {} if name is None else {k: v for k, v in load_preset(name, "adainf").items() if k in names}
     system = AdaInf(steps.encoder(), **(FACTS | given))
-    assert torch.isfinite(system.step({k: [x.float() for x in v] if k == "views" else v for k, v in steps.batch(0).items()})["loss"])
+    assert torch.isfinite(
+        system.step({k: [x.float() for x in v] if k == "views" else v for k, v in steps.batch(0).items()})["loss"]
+    )
     if name == "vanilla":
         assert (system.dup, system.strength) == (1, 1.0)
     else:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from contralto.errors import DataError, UsageError
 from contralto.losses.gated import gated_contrast
+from contralto.pipelines.job import load_preset, presets_of
+from contralto.systems.registry import get_job
 from contralto.systems.selfsup.hydra import Hydra, PairGate, draw_partners
 
 with np.load(Path(__file__).parents[2] / "reference" / "hydra.npz", allow_pickle=False) as arrays:
@@ -262,6 +264,20 @@ def test_bad_input_is_named():
             build(**{name: value})
     with pytest.raises(UsageError, match="pairing"):
         build(pairing="any").step(batch())
+
+
+@pytest.mark.parametrize("name", presets_of("hydra"))
+def test_presets_hold_arguments_that_there_are_and_train(name):
+    given = load_preset(name, "hydra")
+    assert set(given) <= set(get_job("hydra").parameters())
+    words = {
+        k: v
+        for k, v in given.items()
+        if k not in ("image_encoder", "image_size", "batch_size", "epochs", "hidden", "dim")
+    }
+    system = build(**words)
+    data = batch(views=2 if system.form == "two_views" else system.repeats)
+    assert system.step(data)["loss"].isfinite()
 
 
 # Two processes.

@@ -32,7 +32,15 @@ from contralto.systems.selfsup.simclr import SimCLR
 from tests.systems.selfsup import steps
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "mcl_multistage.npz"
-FACTS = {"num_features": 10, "num_samples": steps.SAMPLES, "steps_per_epoch": 3, "epochs": 4, "dim": 5, "hidden": 7, "seed": 1}
+FACTS = {
+    "num_features": 10,
+    "num_samples": steps.SAMPLES,
+    "steps_per_epoch": 3,
+    "epochs": 4,
+    "dim": 5,
+    "hidden": 7,
+    "seed": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,9 @@ class TestClip:
         loss.backward()
         assert loss.item() == pytest.approx(float(reference["clip0_loss"]), rel=1e-9)
         for x, key in ((image, "clip0_grad_img"), (text, "clip0_grad_txt")):
-            there = torch.tensor(reference[key])  # with regard to unit rows; through the scaling, what is along them falls away
+            there = torch.tensor(
+                reference[key]
+            )  # with regard to unit rows; through the scaling, what is along them falls away
             unit = x.detach()
             expected = there - (there * unit).sum(1, keepdim=True) * unit
             torch.testing.assert_close(x.grad, expected, rtol=1e-9, atol=1e-11)
@@ -157,11 +167,15 @@ class TestDualStage:
     def test_its_loss_is_that_of_clip_with_its_scale(self):
         stage = DualStage(Dual(scale=2.0), num_features=10).double()
         batch = steps.batch(0)
-        expected = clip(stage.encoder.image(batch["views"][0]), stage.encoder.text(batch["views"][1]), temperature=math.exp(-2))
+        expected = clip(
+            stage.encoder.image(batch["views"][0]), stage.encoder.text(batch["views"][1]), temperature=math.exp(-2)
+        )
         found = stage.step(batch)
         torch.testing.assert_close(found["loss"], expected)
         assert found["scale"].item() == pytest.approx(math.exp(2.0))
-        assert DualStage(Dual(), num_features=10).step(batch_of(torch.float32))["scale"].item() == pytest.approx(1 / 0.07)
+        assert DualStage(Dual(), num_features=10).step(batch_of(torch.float32))["scale"].item() == pytest.approx(
+            1 / 0.07
+        )
 
     @pytest.mark.parametrize(("start", "end"), [(9.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)])
     def test_the_scale_stays_in_its_range_and_learns(self, start, end):
@@ -215,7 +229,11 @@ def stage(number=0, **more):
 class TestLearnerOfAStage:
     @pytest.mark.parametrize(
         ("base", "system", "more"),
-        [("simclr", SimCLR, {}), ("moco", MoCo, {"queue_size": 24, "decay": 0.9, "temperature": 0.5}), ("byol", BYOL, {"decay": 0.9})],
+        [
+            ("simclr", SimCLR, {}),
+            ("moco", MoCo, {"queue_size": 24, "decay": 0.9, "temperature": 0.5}),
+            ("byol", BYOL, {"decay": 0.9}),
+        ],
     )
     def test_the_loss_is_that_of_the_base_untouched(self, base, system, more):
         plain = steps.without_batch_norm(system(steps.encoder(), **FACTS, **more))
@@ -303,7 +321,9 @@ def test_two_processes_equal_one(tmp_path):
         for name, expected in alone.items():
             assert expected["losses"].diff().abs().min() > 0
             for key, value in expected.items():
-                torch.testing.assert_close(rank[name][key], value, rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+                torch.testing.assert_close(
+                    rank[name][key], value, rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}"
+                )
 
 
 class TestTheMethod:

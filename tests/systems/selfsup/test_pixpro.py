@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from contralto.encoders.image import image_encoder
 from contralto.errors import UsageError
 from contralto.losses.pixels import pixel_contrast, positive_cells
+from contralto.pipelines.job import load_preset, presets_of
+from contralto.systems.registry import get_job
 from contralto.systems.selfsup.pixpro import PixPro
 
 with np.load(Path(__file__).parents[2] / "reference" / "pixpro.npz", allow_pickle=False) as arrays:
@@ -274,6 +276,20 @@ def test_what_does_not_fit_is_named():
         PixPro(image_encoder("vit_tiny_patch16_224", pretrained=False), num_features=192, hidden=8, dim=4).step(
             batch(side=224)
         )
+
+
+@pytest.mark.parametrize("name", presets_of("pixpro"))
+def test_presets_hold_arguments_that_there_are_and_train(name):
+    given = load_preset(name, "pixpro")
+    assert set(given) <= set(get_job("pixpro").parameters())
+    words = {
+        k: v
+        for k, v in given.items()
+        if k not in ("image_encoder", "image_size", "batch_size", "epochs", "hidden", "dim")
+    }
+    system = build(**words)
+    data = batch()
+    assert system.step(data)["loss"].isfinite()
 
 
 # Two processes.

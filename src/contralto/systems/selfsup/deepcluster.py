@@ -4,9 +4,9 @@ The offline counterpart of SwAV, from the same paper and code: k-means over reme
 balanced assignment within the batch. The centroids are the weights of the classifier, so nothing has to be learnt anew when the
 clusters change; several clusterings at a time, of either large crop in turn, are averaged.
 
-Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, Caron et al., NeurIPS 2020, arXiv 2006.09882, appendix D;
-after Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018. The paper's code fills the memory in a pass
-before the first epoch; here the first epoch does, and no weight changes in it.
+Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, Caron et al., NeurIPS 2020, arXiv 2006.09882,
+appendix D; after Deep Clustering for Unsupervised Learning of Visual Features, ECCV 2018. The paper's code fills the memory
+in a pass before the first epoch; here the first epoch does, and no weight changes in it.
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,9 @@ class DeepClusterV2(SelfSupervised):
         self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
         self.register_buffer("clusters", torch.full((len(num_prototypes), num_samples), UNKNOWN))
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """Two large crops, and the small ones."""
         from contralto.views.presets import multi_crop
 
@@ -127,9 +129,7 @@ class DeepClusterV2(SelfSupervised):
         known = (labels[0] >= 0).sum()
         share = mean_weight(known) / (known.clamp_min(1) * len(views) * len(self.prototypes))
         losses = [
-            F.cross_entropy(
-                layer(z) / self.temperature, own.repeat(len(views)), ignore_index=UNKNOWN, reduction="sum"
-            )
+            F.cross_entropy(layer(z) / self.temperature, own.repeat(len(views)), ignore_index=UNKNOWN, reduction="sum")
             for layer, own in zip(self.prototypes, labels, strict=True)
         ]
         self._remember(z.detach().unflatten(0, (len(views), -1))[:2], batch["index"])

@@ -120,7 +120,9 @@ class GroCo(SelfSupervised):
         with self.seeded():
             self.projector = mlp([num_features, width, width, dim], norm="batch", last_norm="plain")
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """Large views, blurred always and rarely (then solarised now and then) in turn, and the small ones."""
         from contralto.views.presets import groco_views
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +40,19 @@ from contralto.systems.selfsup.base import Optimizer, SelfSupervised
 from contralto.systems.selfsup.wrapped import Base, Wrapped
 
 __all__ = [
-    "DualStage", "DualStages", "Init", "MultiStage", "Stage", "extend_codes", "first_weights", "integrate", "pool_report", "stage_seed",
-    "train_in_stages", "zero_shot",
-]  # fmt: skip
+    "DualStage",
+    "DualStages",
+    "Init",
+    "MultiStage",
+    "Stage",
+    "extend_codes",
+    "first_weights",
+    "integrate",
+    "pool_report",
+    "stage_seed",
+    "train_in_stages",
+    "zero_shot",
+]
 
 Integers = npt.NDArray[np.int64]
 Init = Literal["fresh", "base", "previous"]

@@ -143,7 +143,9 @@ class SwAV(SelfSupervised):
             raise UsageError(f"queue_size must be 0 or at least a batch ({batch_size}), got {queue_size}")
         self.queue = PastViews(2, kept, dim) if kept else None
 
-    def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[BatchView]:
+    def views(
+        self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    ) -> Sequence[BatchView]:
         """Two large crops, and the small ones."""
         from contralto.views.presets import multi_crop
 

@@ -4,8 +4,9 @@ A GRU reads a sentence backwards into a Gaussian code, another one writes it aga
 information machine the code is not ignored, as it is in a VAE whose decoder can do without. The informative embedding is the mean
 state of the decoder while it reads the sentence.
 
-SentenceMIM: A Latent Variable Language Model, Livne, Swersky and Fleet, 2020, arXiv 2003.02645; `mode="amim"` is its loss, without
-the constant log(batch size). The default adds cMIM's contrast of codes. Its code clamps the logarithm of the variance at
+SentenceMIM: A Latent Variable Language Model, Livne, Swersky and Fleet, 2020, arXiv 2003.02645; `mode="amim"` is its loss,
+without the constant log(batch size). The default adds cMIM's contrast of codes. Its code clamps the logarithm of the
+variance at
 -10, so that of the standard deviation at -5 here; it divides the learning rate by four whenever the validation does not improve,
 where this one follows half a cosine to zero.
 """
@@ -105,10 +106,8 @@ class SentenceMIM(CMIM):
         """Clip the gradient."""
         nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], self.clip)
 
-    def generate(
-        self, n: int, *, temperature: float | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Most likely sentences (n, length) of codes drawn from the prior; by default with SentenceMIM's temperature 1 / sqrt(dim)."""
+    def generate(self, n: int, *, temperature: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Most likely sentences (n, length) of codes drawn from the prior; by default at a temperature of 1 / sqrt(dim)."""
         return super().generate(
             n, temperature=self.dim**-0.5 if temperature is None else temperature, generator=generator
         )
