@@ -38,11 +38,6 @@ def test_wrong_data_are_named(tmp_path, monkeypatch):
         capro.shared_manifest("fashion_web", tmp_path)
 
 
-def test_the_table_of_the_readme_is_the_kept_result():
-    readme = (RESULT.parents[2] / "README.md").read_text()
-    assert capro.markdown(json.loads(RESULT.read_text())) in readme
-
-
 def test_the_tables_of_the_comparison_are_the_kept_results(monkeypatch):
     root = RESULT.parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")

@@ -34,7 +34,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from contralto.claims.arms import made_once
-from contralto.claims.outputs import points
 from contralto.claims.plan import DEVELOPMENT_SEED
 from contralto.claims.runner import tune
 from contralto.data.definitions import load_definitions
@@ -51,7 +50,6 @@ __all__ = [
     "ambiguous_classes",
     "choose_rates",
     "held_out",
-    "markdown",
     "right_share",
     "run",
     "shared_manifest",
@@ -204,27 +202,3 @@ def right_share(manifest: Manifest) -> npt.NDArray[np.float64]:
     count = np.bincount(labels[train], minlength=len(manifest.classes))
     right = np.bincount(labels[train & (labels == clean)], minlength=len(manifest.classes))
     return np.where(count > 0, right / np.maximum(count, 1), 1.0)
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a Markdown table: means over seeds, and the difference to plain training.
-
-    Parameters
-    ----------
-    result : dict
-        What `results/claims/capro.json` holds.
-    """
-    lines = [
-        "| data | training | accuracy, % | against plain | ambiguous classes | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, found in result["data"].items():
-        against = {(c["method"], c["part"]): c for c in found["comparisons"] if c["baseline"] == "plain" and c["macro"]}
-        for arm, values in found["arms"].items():
-            told = ["", "", ""]
-            if (arm, None) in against:
-                c = against[arm, None]
-                told = [points(c), points(against[arm, "ambiguous"]), c["verdict"]]
-            mean = 100 * values["metrics"]["right, mean over classes"]["mean"]
-            lines.append(f"| {name} | {arm} | {mean:.1f} | {' | '.join(told)} |")
-    return "\n".join(lines)

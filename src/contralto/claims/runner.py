@@ -284,7 +284,10 @@ def _measure(
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     remove_leftovers(folder)
-    _train(missing, len(tasks), {plan.name: plan}, jobs, console)
+    try:
+        _train(missing, len(tasks), {plan.name: plan}, jobs, console)
+    finally:
+        remove_leftovers(folder)  # of processes that were ended while they wrote
     found: dict[str, dict[str, list[Any]]] = {}
     for task in tasks:
         found.setdefault(task.data, {}).setdefault(task.arm, []).append(load(task.path))
