@@ -27,7 +27,7 @@ class FeaturePyramid(nn.Module):
     Examples
     --------
     >>> pyramid = FeaturePyramid("resnet18", width=32, head=1)
-    >>> [tuple(cells.shape[1:]) for cells in pyramid.forward_maps(torch.zeros(1, 3, 64, 64))]
+    >>> [tuple(cells.shape[1:]) for cells in pyramid.forward_maps(torch.zeros(2, 3, 64, 64))]
     [(32, 8, 8), (32, 4, 4), (32, 2, 2), (32, 1, 1)]
     """
 

@@ -87,7 +87,7 @@ class MoCo(SelfSupervised):
             losses.append(self._against(self.projector(features), keys[-1], past))
             if len(losses) == 1:
                 first = features.detach()
-        self.queue.enqueue(gather_rows(torch.cat(keys)))
+        self.queue.enqueue(torch.cat([gather_rows(k) for k in keys]))  # one view after the other, as on one rank
         loss = torch.stack(losses).mean() * mean_weight(torch.tensor(len(views[0]), device=past.device))
         return {"loss": loss, "features": first}
 
@@ -95,5 +95,6 @@ class MoCo(SelfSupervised):
         """InfoNCE where only the own key and the queue are in the denominator (not the other keys of the batch)."""
         unit_q, unit_k = nn.functional.normalize(query, dim=1), nn.functional.normalize(key, dim=1)
         own = (unit_q * unit_k).sum(1, keepdim=True)
-        logits = torch.cat([own, unit_q @ past.to(unit_q.dtype).T], 1).float() / self.temperature
+        logits = torch.cat([own, unit_q @ past.to(unit_q.dtype).T], 1) / self.temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return nn.functional.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))

@@ -93,13 +93,13 @@ class ProjectionHead(SelfSupervised):
         )  # fmt: skip
         if objective not in ("nt_xent", "sup_con", "cross_entropy"):
             raise UsageError(f"objective must be nt_xent, sup_con or cross_entropy; got {objective!r}")
-        if (objective == "cross_entropy") != (num_classes >= 2):
-            raise UsageError(f"num_classes must be at least 2 for cross_entropy and 0 otherwise, got {num_classes}")
+        if objective == "cross_entropy" and num_classes < 2:
+            raise UsageError(f"num_classes must be at least 2 for cross_entropy, got {num_classes}")
         self.objective, self.temperature, self.num_classes = objective, temperature, num_classes
         width = dim if dim is not None and head in ("mlp", "mlp3") else num_features
         with self.seeded():
             self.head = projection_head(head, num_features, hidden=hidden, out=dim, kappa=kappa, floor=floor)
-            self.classifier = nn.Linear(width, num_classes) if num_classes else None
+            self.classifier = nn.Linear(width, num_classes) if objective == "cross_entropy" else None
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch: two views for "nt_xent", any number of them with labels otherwise."""
