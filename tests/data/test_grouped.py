@@ -19,7 +19,7 @@ REFERENCE = Path(__file__).parents[1] / "reference" / "mcl_multistage.npz"
 
 
 def sequence_by_loop(groups, width, smallest):
-    """Groups of the batches of a pass, one of each group in turn (card 5)."""
+    """Groups of the batches of a pass, one of each group in turn."""
     left = {int(g): int((groups == g).sum()) for g in np.unique(groups) if g >= 0}
     sequence, sizes = [], []
     while any(left.values()):

@@ -4,7 +4,7 @@
 
 The digits of scikit-learn, 11, 22, ..., 110 training images of a class in an order drawn by the seed, three views of each with
 rotations, scalings, shifts and noise, encoder 64-256-128 with batch norm, head 128-128-32 without, batch 64, 300 Adam steps at
-1e-3: the card's recipe. Arms: CACR at two inverse temperatures; with uniform weights for both sides or either, and with weights
+1e-3: the pilot's recipe. Arms: CACR at two inverse temperatures; with uniform weights for both sides or either, and with weights
 that carry no gradient; NT-Xent and decoupled contrast over the three pairs of views. All see the same views.
 
 What decides is 10 nearest neighbours with all training labels: CACR (tau_neg 0.9, the default) against uniform weights, by at

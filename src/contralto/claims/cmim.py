@@ -3,12 +3,12 @@
     contralto reproduce cmim
 
 The digits of scikit-learn (8 x 8), 60 % for training, no augmentation; encoder 64-256-256, decoder d-256-256-64 with Bernoulli
-pixels, Adam at 1e-3, batch 128, 2,000 steps: the card's recipe. A model is measured by its informative embedding ("h") or by the
+pixels, Adam at 1e-3, batch 128, 2,000 steps: the pilot's recipe. A model is measured by its informative embedding ("h") or by the
 mean of its code ("mu"), in arms that train the same model. Measures: nearest neighbours (5, cosine, equal votes), and logistic
 regression on standardised features with five labels per class, the mean over ten draws of these labels; reconstruction in
 nats per digit and mean cosine of the sampled codes of test digits.
 
-Beside the primary claim (h against mu at d = 8) the card's secondary ones are reported: MIM and cMIM against a VAE with the same
+Beside the primary claim (h against mu at d = 8) the pilot's secondary ones are reported: MIM and cMIM against a VAE with the same
 budget, at batches of 128 and 8; and the contrast against A-MIM, where no difference is expected but in the cosine of codes.
 """
 

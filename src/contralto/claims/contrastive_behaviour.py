@@ -4,7 +4,7 @@
 
 The digits of scikit-learn, views with shifts, contrast, noise and an erased square, encoder 64-128-128 with batch norm, head of
 one layer to 64 with batch norm, Adam at 1e-3, weight decay 1e-4, batch 128 with its other samples as negatives, 400 steps, alpha
-0.08: the card's recipe. Adam, because the loss is not rescaled by the temperature.
+0.08: the pilot's recipe. Adam, because the loss is not rescaled by the temperature.
 
 Three statements, all of which decide: from a temperature of 0.07 to 0.5 uniformity gets worse and tolerance rises; the simple
 loss is worse than the ordinary one, and picking the hardest negatives mends it; at temperature 1 the hard loss beats the ordinary

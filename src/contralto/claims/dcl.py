@@ -3,7 +3,7 @@
     contralto reproduce dcl
 
 The digits of scikit-learn in weak views (shifts of up to half a pixel, noise 0.05), encoder 64-256-128 with batch norm, head
-128-128-32, tau 0.07, SGD with momentum 0.9, 600 steps, batches of 8 and 32, rates 0.01 and 0.05: the card's recipe.
+128-128-32, tau 0.07, SGD with momentum 0.9, 600 steps, batches of 8 and 32, rates 0.01 and 0.05: the pilot's recipe.
 
 What decides is certain to hold if the theory does: on a network that is being trained, grad L(NT-Xent) = q grad L(DCL) with
 q = 1 - exp(-L(NT-Xent)) for every anchor and weight; q falls during a training with NT-Xent; and it is smaller for smaller

@@ -4,7 +4,7 @@
 
 The digits of scikit-learn, 1,200 for training, 10 labels per class for evaluation, 597 for testing. Views: rotations by up to
 20 degrees, sizes +- 20 %, shifts of up to a pixel, noise 0.1. Encoder 64-256-128 with batch norm, head 128-128-32, batch 128,
-300 steps of Adam at 1e-3 with a cosine: the card's recipe, one network and the same views for all arms. Measures on the features
+300 steps of Adam at 1e-3 with a cosine: the pilot's recipe, one network and the same views for all arms. Measures on the features
 of the encoder: nearest neighbours (5, weighted by similarity) and a linear probe, both from the 100 labels.
 
 The verdict is on *groco* against *hardest*, InfoNCE over the same hardest negatives with the same stopped gradient, at the

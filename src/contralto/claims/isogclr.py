@@ -4,7 +4,7 @@
 
 The digits of scikit-learn, 110 * 0.05^(k/9) training images of the k-th class in an order drawn by the seed (about 369), views
 with rotations, scalings, shifts and noise, encoder 64-256-128 with batch norm, head 128-128-32, batch 64, 400 Adam steps at 1e-3:
-the card's recipe. Arms: SimCLR at three temperatures, SogCLR, iSogCLR with rho 0.2 and 0.4; all with the same head (iSogCLR's,
+the pilot's recipe. Arms: SimCLR at three temperatures, SogCLR, iSogCLR with rho 0.2 and 0.4; all with the same head (iSogCLR's,
 without batch norm) from the same start; one more learns temperatures only, over the encoder as it was drawn.
 
 What decides is Spearman's correlation, over classes, of their size and the mean temperature of their images: a difference from

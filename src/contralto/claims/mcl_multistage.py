@@ -132,7 +132,7 @@ def run(
             clusters=budget["clusters"], optimizer="adam", lr=budget["lr"], weight_decay=0.0, warmup_epochs=0,
             hidden=64, dim=64, temperature=budget["temperature"], smallest=budget["smallest"],
         )  # fmt: skip
-        if budget.get("projector") == "card":
+        if budget.get("projector") == "plain":
             with learner.seeded():
                 learner.learner.projector = nn.Sequential(nn.ReLU(), nn.Linear(width, 64))
         return learner

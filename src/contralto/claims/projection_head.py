@@ -5,7 +5,7 @@
 Two handwritten digits of scikit-learn side by side, drawn independently: real pictures (8 x 16) with two known features. Views:
 each digit shifted by up to a pixel, contrast 0.7 to 1.3, noise 0.1; the *left* digit is blanked with probability p in each view.
 1,200 digits for training, 597 for testing, never mixed. Encoder Linear 128 - batch norm - ReLU - Linear 128; heads: mlp
-128-128-64, fixed with kappa 1.05, none; NT-Xent at 0.5, Adam at 1e-3, weight decay 1e-6, batch 128, 500 steps: the card's
+128-128-64, fixed with kappa 1.05, none; NT-Xent at 0.5, Adam at 1e-3, weight decay 1e-6, batch 128, 500 steps: the pilot's
 recipe. Measures: logistic probes (C 0.1, 600 standardised pairs) for the left and the right digit, and the effective rank,
 at the layer of the arm; the two layers of one model are two arms that train the same model.
 

@@ -7,7 +7,7 @@ of scikit-learn is blended (half and half). The digit is the salient label; the 
 four: left or right half of either photograph. Cells of the photographs, and digits, are either for training or for testing.
 
 Two convolutional encoders (32-64-64, stride 2) and codes of width 16, tau 0.5, Adam at 1e-3, batch 256, 300 steps, both beta 100:
-the card's recipe. Views are SepCLR's without mirroring and with crops from three quarters of the area on. That was chosen on
+the pilot's recipe. Views are SepCLR's without mirroring and with crops from three quarters of the area on. That was chosen on
 seed 100: with half of the area, all arms told fewer digits. Arms, in pairs over seeds: *sepclr* (lambda 10); *no jem* (lambda
 0); *plain*, two contrastive encoders to which all images are targets (lambda 0, nothing is pulled to the origin).
 

@@ -4,7 +4,7 @@
 
 CIFAR-10 pictures, 400 per class for training and for the probe, 2,000 for testing, resized to 24 pixels. Encoder: four 3 x 3
 convolutions 24-48-96-96 with batch norm and ReLU, strides 2, 2, 2, 1, and mean pooling; head 96-128-64; 60 prototypes that
-are frozen for 30 steps; Adam at 1e-3 with a cosine, batch 128, 10 epochs: the card's recipe. The card does not name its
+are frozen for 30 steps; Adam at 1e-3 with a cosine, batch 128, 10 epochs: the pilot's recipe. The pilot does not name its
 colours; SimCLR's for CIFAR are taken (half strength, no blur), for all arms.
 
 Arms: *swav*, two crops of 0.2 to 1 of the area; *softmax*, the same with codes from a softmax at the same epsilon; *multi-crop*,

@@ -1,7 +1,7 @@
 """Batches that hold one group each: one cluster, one class, one domain.
 
 In such a batch what the group has in common tells nobody from anybody, so that contrast has to look for something else
-(multistage contrastive learning, card 5); in other methods it keeps negatives within a class or a domain.
+(multistage contrastive learning); in other methods it keeps negatives within a class or a domain.
 """
 
 from collections.abc import Iterator

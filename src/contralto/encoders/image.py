@@ -169,7 +169,7 @@ class Concatenation(nn.Module):
 
 
 def concatenate(encoders: Sequence[ImageEncoder], *, normalize: bool = False) -> ImageEncoder:
-    """One encoder that gives the features of several (multistage contrastive learning, card 8; or an ensemble).
+    """One encoder that gives the features of several (multistage contrastive learning; or an ensemble).
 
     Parameters
     ----------

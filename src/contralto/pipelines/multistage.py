@@ -177,7 +177,7 @@ def fit_dual_stages(
     progress: bool = True,
     trainer: Mapping[str, Any] | None = None,
 ) -> DualStages:
-    """Fine-tune a dual encoder in stages, each on batches of pairs whose images the stages before found alike (card 6).
+    """Fine-tune a dual encoder in stages, each on batches of pairs whose images the stages before found alike.
 
     Parameters
     ----------

@@ -157,7 +157,7 @@ class MultiStage(Wrapped):
 
 
 class DualStage(SelfSupervised):
-    """One stage of the CLIP form: image and text find each other in the batch, at a constant rate after a warm-up (card 6).
+    """One stage of the CLIP form: image and text find each other in the batch, at a constant rate after a warm-up.
 
     Its two `views` are an image and a text as `encode_image` and `encode_text` take them. The factor of the cosines is learnt
     as a logarithm in [0, ln 100]; it is the `logit_scale` of the dual encoder, if it has one.
@@ -291,7 +291,7 @@ def check_stages(stages: int, clusters: int, init: str = "fresh") -> None:
 
 
 def extend_codes(codes: npt.ArrayLike | None, labels: npt.ArrayLike, clusters: int) -> Integers:
-    """Pseudo labels after one more stage: ``code * K + label``, so that the first stage is the highest digit (card 4).
+    """Pseudo labels after one more stage: ``code * K + label``, so that the first stage is the highest digit.
 
     Two samples with the same code were found alike by every stage so far.
 
@@ -324,7 +324,7 @@ def extend_codes(codes: npt.ArrayLike | None, labels: npt.ArrayLike, clusters: i
 
 
 def pool_report(codes: npt.ArrayLike, batch_size: int, embeddings: npt.ArrayLike | None = None) -> dict[str, float]:
-    """What the next stage has to draw its batches from (card 11).
+    """What the next stage has to draw its batches from.
 
     Parameters
     ----------
@@ -368,7 +368,7 @@ def pool_report(codes: npt.ArrayLike, batch_size: int, embeddings: npt.ArrayLike
 
 
 def integrate(parts: Sequence[Tensor], *, unit_stages: bool = False, normalize: bool = False) -> Tensor:
-    """The embeddings of all stages side by side (card 8).
+    """The embeddings of all stages side by side.
 
     Parameters
     ----------
@@ -480,7 +480,7 @@ def train_in_stages(
     seed: int = 0,
     keep: Path | None = None,
 ) -> list[Stage[Learnt]]:
-    """The method, for any learner (card 10): train, embed all samples, cluster, and train on batches of one code each.
+    """The method, for any learner: train, embed all samples, cluster, and train on batches of one code each.
 
     Parameters
     ----------
