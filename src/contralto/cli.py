@@ -209,12 +209,11 @@ def evaluate(
     manifest = ingest(
         data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
     )
-    clean = manifest.column("clean_label").astype(int)
-    labels = np.where(clean >= 0, clean, np.where(clean == -2, manifest.labels, -1))
+    labels = manifest.right_labels
     number = {name: i for i, name in enumerate(model.classes)}
     ours = np.array([number.get(n, -1) for n in manifest.class_names])
     labels = np.where(labels >= 0, ours[labels], -1)
-    wanted, inside = _split_of(manifest, split)
+    wanted, inside = manifest.split_of(split)
     rows = np.flatnonzero((labels >= 0) & inside)
     if len(rows) == 0:
         raise DataError(
@@ -271,13 +270,6 @@ def _evaluate_encoder(
     return result
 
 
-def _split_of(manifest: Any, split: str | None) -> tuple[str | None, Any]:
-    """The split that is evaluated, by default `test` if there is one, else None for all; and which rows are in it."""
-    splits = manifest.column("split")
-    wanted = split if split is not None else "test" if "test" in splits else None
-    return wanted, (splits == wanted) if wanted is not None else True
-
-
 def _evaluate_sets(
     model: Any, data: str, label_column: str | None, image_column: str | None, split: str | None, show: bool
 ) -> dict[str, Any]:
@@ -292,7 +284,7 @@ def _evaluate_sets(
     manifest = ingest(
         data, classes=classes, clean_column=label_column, image_column=image_column, image_filter=False, multilabel=True
     )
-    truth, (wanted, inside) = manifest.clean_matrix(), _split_of(manifest, split)
+    truth, (wanted, inside) = manifest.clean_matrix(), manifest.split_of(split)
     rows = np.flatnonzero((truth == 1).any(1) & inside)
     if len(rows) == 0:
         raise DataError(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from contralto.claims.digits import batches, digit_views, digits, features_of, mlp_encoder, pretrain, thinned
+from contralto.claims.digits import batches, digit_views, digits, mlp_encoder, pretrain, split_features, thinned
 from contralto.data.dataset import Batch
 from contralto.encoders.heads import mlp
 from contralto.evaluation.representation import knn_right, probe_right
@@ -109,9 +109,7 @@ def run(
     pretrain(system, make, device=device)
     if progress is not None:
         progress(0.9)
-    parts = (
-        features_of(system, split.train), split.train_labels.numpy(), features_of(system, split.test), split.test_labels.numpy(),
-    )  # fmt: skip
+    parts = split_features(system, split)
     return {
         "knn": knn_right(*parts, k=NEIGHBOURS, temperature=None),
         "probe": probe_right(*parts),

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from contralto.claims.digits import Split, batches, digits, features_of, pretrain
+from contralto.claims.digits import Split, batches, digits, pretrain, split_features
 from contralto.evaluation.representation import knn_right, probe_right
 from contralto.files import load_weights, save_weights
 from contralto.systems.selfsup.cmim import CMIM
@@ -86,9 +86,7 @@ def run(
             save_weights(system, kept)
     if progress is not None:
         progress(0.9)
-    parts = (
-        features_of(system, split.train), split.train_labels.numpy(), features_of(system, split.test), split.test_labels.numpy(),
-    )  # fmt: skip
+    parts = split_features(system, split)
     draws = [probe_right(*parts, per_class=SHOTS, seed=1000 * seed + k) for k in range(DRAWS)]
     return {
         "knn": knn_right(*parts, k=NEIGHBOURS, temperature=None),

@@ -30,6 +30,7 @@ __all__ = [
     "few_labels",
     "mlp_encoder",
     "pretrain",
+    "split_features",
     "thinned",
 ]  # fmt: skip
 
@@ -321,6 +322,20 @@ def features_of(system: SelfSupervised, x: Tensor, *, batch_size: int = 512) -> 
     """
     device = next(system.parameters()).device
     return np.concatenate([system.embed(part.to(device)).float().cpu().numpy() for part in x.split(batch_size)])
+
+
+def split_features(system: SelfSupervised, split: Split) -> tuple[npt.NDArray[Any], ...]:
+    """Features and labels of the training part, features and labels of the test part, as `knn_right` takes them.
+
+    Examples
+    --------
+    >>> from contralto.systems.selfsup.simclr import SimCLR
+    >>> system = SimCLR(mlp_encoder((64, 16)), num_features=16, hidden=16, dim=8).eval()
+    >>> [len(x) for x in split_features(system, digits(0))]
+    [1200, 1200, 597, 597]
+    """
+    train, test = features_of(system, split.train), features_of(system, split.test)
+    return train, split.train_labels.numpy(), test, split.test_labels.numpy()
 
 
 def _to(value: Any, device: str) -> Any:

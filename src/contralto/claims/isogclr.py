@@ -24,9 +24,9 @@ from contralto.claims.digits import (
     batches,
     digit_views,
     digits,
-    features_of,
     mlp_encoder,
     pretrain,
+    split_features,
     thinned,
 )
 from contralto.encoders.heads import mlp
@@ -80,9 +80,7 @@ def run(
     pretrain(system, make, device=device)
     if progress is not None:
         progress(0.9)
-    parts = (
-        features_of(system, split.train), split.train_labels.numpy(), features_of(system, split.test), split.test_labels.numpy(),
-    )  # fmt: skip
+    parts = split_features(system, split)
     found: dict[str, Any] = {"labels": parts[3]}
     if isinstance(system, ISogCLR) and system.done:
         found |= _temperatures(system, split)

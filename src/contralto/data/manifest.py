@@ -143,6 +143,18 @@ class Manifest:
         """Given labels (N,), -1 = none."""
         return self.column("label").astype(np.int64)
 
+    @property
+    def right_labels(self) -> npt.NDArray[np.int64]:
+        """Labels to test by (N,): the clean ones, or the given ones where the data have no clean labels; -1 = none."""
+        clean = self.column("clean_label").astype(np.int64)
+        return np.where(clean >= 0, clean, np.where(clean == -2, self.labels, -1))
+
+    def split_of(self, split: str | None = None) -> tuple[str | None, npt.NDArray[np.bool_]]:
+        """The split that is tested, by default `test` if there is one, else None for all; and which rows are in it (N,)."""
+        splits = self.column("split").astype(str)
+        wanted = split if split is not None else "test" if "test" in splits else None
+        return wanted, np.ones(len(splits), bool) if wanted is None else splits == wanted
+
     @cached_property
     def texts(self) -> list[str]:
         """Texts as found, one per row; made once, because many look up one after the other."""

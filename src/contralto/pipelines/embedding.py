@@ -149,11 +149,10 @@ def evaluate_encoder(
     manifest = ingest(
         data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
     )
-    clean = manifest.column("clean_label").astype(int)
-    labels = np.where(clean >= 0, clean, np.where(clean == -2, manifest.labels, -1))
-    splits, groups = manifest.column("split").astype(str), manifest.column("group").astype(str)
-    wanted = split if split is not None else "test" if "test" in splits else None
-    tested = splits == wanted if wanted is not None else _a_fifth(groups, seed)
+    labels, groups = manifest.right_labels, manifest.column("group").astype(str)
+    wanted, tested = manifest.split_of(split)
+    if wanted is None:
+        tested = _a_fifth(groups, seed)
     learn, test = (np.flatnonzero(part & (labels >= 0)) for part in (~tested, tested))
     if len(learn) < 2 or len(test) < 1 or len(np.unique(labels[learn])) < 2:
         raise DataError(

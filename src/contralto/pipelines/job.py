@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from contralto.cluster import map_blocks
+from contralto.data.canvas import as_it_is
 from contralto.data.dataset import Batch, EpochSampler, FeatureDataset, ImageDataset
 from contralto.data.definitions import fill_definitions, load_definitions
 from contralto.data.images import decode_image
@@ -441,7 +442,7 @@ class Job:
             batch_size=min(a["batch_size"], len(sampler)),
             sampler=sampler,
             num_workers=0 if a["frozen_features"] else a["workers"],
-            collate_fn=_as_it_is if a["frozen_features"] else None,
+            collate_fn=as_it_is if a["frozen_features"] else None,
             drop_last=True,
         )
 
@@ -723,7 +724,3 @@ class _Ask:
                     parts.setdefault(key, []).append(value.cpu().numpy())
                 start += len(x)
         return {k: np.concatenate(v) for k, v in parts.items()}
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

@@ -1,13 +1,10 @@
 """Hydra's gates and losses against values of the official code; pairing, forms, ranks, state."""
 
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +13,8 @@ from contralto.losses.gated import gated_contrast
 from contralto.pipelines.job import load_preset, presets_of
 from contralto.systems.registry import get_job
 from contralto.systems.selfsup.hydra import Hydra, PairGate, draw_partners
+
+from tests.systems.selfsup import steps
 
 with np.load(Path(__file__).parents[2] / "reference" / "hydra.npz", allow_pickle=False) as arrays:
     REFERENCE = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
@@ -288,58 +287,25 @@ RANKED = {name: ARMS[name] for name in ("gate", "subspace, pairs", "gumbel", "si
 def plain(arm):
     """Without batch norm, whose statistics are those of a rank."""
     torch.manual_seed(1)
-    system = build(nn.Sequential(nn.Linear(8, 5), nn.Tanh()), **ARMS[arm]).double()
-    for owner in system.modules():
-        for name, child in list(owner.named_children()):
-            if isinstance(child, nn.BatchNorm1d):
-                setattr(owner, name, nn.Identity())
-    return system
+    return steps.without_batch_norm(build(nn.Sequential(nn.Linear(8, 5), nn.Tanh()), **ARMS[arm]))
 
 
-def trained(arm, n, rank=0, world=1, average=lambda x: x):
-    system, rows = plain(arm), torch.arange(n)[rank::world]
-    optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.1)
-    losses = []
-    for number in range(3):
-        whole = batch(number, n, views=2)
-        part = {k: [v[rows].double() for v in x] if k == "views" else x[rows] for k, x in whole.items()}
-        out = system.step(part)
-        out["loss"].backward()
-        for p in system.parameters():
-            if p.grad is not None:
-                p.grad = average(p.grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        system.at_step_end()
-        losses.append(average(out["loss"].detach()))
-    return {"losses": torch.stack(losses), "state": system.state_dict()}
+def trained(arm, n, rank=0, world=1):
+    system = plain(arm)
+    losses = steps.train(system, rank=rank, world=world, make=lambda step: batch(step, n, views=2))
+    return {"losses": losses, "state": system.state_dict()}
 
 
-def mean_over_ranks(x):
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
-
-
-def worker(rank, world, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    found = {f"{arm}, {n}": trained(arm, n, rank, world, mean_over_ranks) for arm in RANKED for n in (8, 9)}
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def run(rank=0, world=1):
+    return {f"{arm}, {n}": trained(arm, n, rank, world) for arm in RANKED for n in (8, 9)}
 
 
 @pytest.mark.xdist_group("ranks")
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (2, port, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for arm in RANKED:
-            for n in (8, 9):
-                alone, ours = trained(arm, n), found[f"{arm}, {n}"]
-                near(ours["losses"], alone["losses"])
-                for key, value in alone["state"].items():
-                    torch.testing.assert_close(ours["state"][key], value, rtol=1e-8, atol=1e-10)
+    expected = run()
+    for found in steps.on_two_ranks(run, tmp_path):
+        for name, alone in expected.items():
+            ours = found[name]
+            near(ours["losses"], alone["losses"])
+            for key, value in alone["state"].items():
+                torch.testing.assert_close(ours["state"][key], value, rtol=1e-8, atol=1e-10)
