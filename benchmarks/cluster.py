@@ -151,7 +151,7 @@ def run_features(prepared, folder: Path, on: str | None, count: int):
 
 def ready_predict(folder: Path, on: str | None):
     from contralto.encoders.image import image_encoder
-    from contralto.systems.webly.model import WebClassifier
+    from contralto.systems.classifier import Classifier
 
     encoder = image_encoder("efficientnet-lite0", size=96)
     config = {
@@ -159,7 +159,7 @@ def ready_predict(folder: Path, on: str | None):
         "mean": list(encoder.mean), "std": list(encoder.std), "classes": [f"class{i}" for i in range(CLASSES)],
         "hidden": 512, "dim": 128, "temperature": 0.1,
     }  # fmt: skip
-    return WebClassifier(config, encoder).eval()
+    return Classifier(config, encoder).eval()
 
 
 def run_predict(model, folder: Path, on: str | None, count: int):

@@ -21,7 +21,7 @@ from contralto.encoders.text import encode_texts, text_encoder
 from contralto.errors import ContraltoError, DataError, MissingExtraError, UsageError
 from contralto.pipelines.applying import apply_model
 from contralto.pipelines.capro import fit_capro
-from contralto.systems.webly.model import WebClassifier
+from contralto.systems.classifier import Classifier
 
 from tests.data.test_sources import FORMS, ROWS, add, as_parquet, banner, blank
 from tests.tiny import TINY
@@ -215,7 +215,7 @@ def test_a_model_over_a_collection_on_a_cluster_and_here(two_workers, tmp_path, 
         "encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
         "classes": ["red", "green", "blue"], "hidden": 16, "dim": 8, "temperature": 0.1,
     }  # fmt: skip
-    root, model, outs = with_faults("folder", tmp_path / "data"), WebClassifier(config).eval(), []
+    root, model, outs = with_faults("folder", tmp_path / "data"), Classifier(config).eval(), []
     for on in (None, "ray"):
         outs.append(tmp_path / f"{on}.parquet")
         applied = apply_model(model, str(root), outs[-1], task=task, on=on)

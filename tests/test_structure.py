@@ -206,8 +206,8 @@ def test_the_readme_names_commands_arguments_and_functions_that_exist():
     import contralto
     from contralto.cli import COMMANDS
     from contralto.pipelines.job import presets_of
+    from contralto.systems.classifier import Classifier
     from contralto.systems.registry import SYSTEMS, get_job
-    from contralto.systems.webly.model import WebClassifier
 
     text = (ROOT / "README.md").read_text()
     lines = re.findall(r"^\s*(?:`)?contralto ((?:[a-z]+).*?)(?:#|`|$)", text, re.MULTILINE)
@@ -231,5 +231,5 @@ def test_the_readme_names_commands_arguments_and_functions_that_exist():
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                owner = {"contralto": contralto, "model": WebClassifier}[node.value.id]
+                owner = {"contralto": contralto, "model": Classifier}[node.value.id]
                 assert hasattr(owner, node.attr), node.attr

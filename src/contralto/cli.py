@@ -199,10 +199,10 @@ def evaluate(
     from contralto.data.ingest import ingest
     from contralto.evaluation.classification import accuracy_interval
     from contralto.pipelines.loading import load
-    from contralto.systems.webly.model import WebClassifier
+    from contralto.systems.classifier import Classifier
 
     model = load(run)
-    if not isinstance(model, WebClassifier):
+    if not isinstance(model, Classifier):
         return _evaluate_encoder(model, data, label_column, image_column, group_column, split, show)
     if model.multilabel:
         return _evaluate_sets(model, data, label_column, image_column, split, show)

@@ -15,8 +15,8 @@ from contralto.pipelines import job
 from contralto.pipelines.capro import CAProJob, fit_capro
 from contralto.pipelines.job import load_preset, presets_of
 from contralto.pipelines.outputs import write_cleaned_csv
+from contralto.systems.classifier import load
 from contralto.systems.webly.capro import EXTENSIONS, CAPro
-from contralto.systems.webly.model import load
 
 from tests.conftest import picture, tiny_rows
 from tests.runs import assert_same, same_weights, stopped, weights

@@ -15,8 +15,8 @@ from contralto.data.manifest import ClassInfo, Manifest
 from contralto.errors import DataError
 from contralto.pipelines.capro_multilabel import CAProMultiLabelJob, fit_capro_multilabel
 from contralto.pipelines.job import load_preset, presets_of
+from contralto.systems.classifier import load
 from contralto.systems.webly.capro_multilabel import CAProMultiLabel
-from contralto.systems.webly.model import load
 
 from tests.conftest import COLOURS, tagged_rows
 from tests.runs import assert_same, stopped

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from contralto import cli
 from contralto.errors import ContraltoError
+from contralto.systems.classifier import load
 from contralto.systems.registry import get_job
-from contralto.systems.webly.model import load
 
 from tests.conftest import picture
 from tests.tiny import FROZEN, TAGGED

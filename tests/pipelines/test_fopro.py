@@ -10,8 +10,8 @@ import pytest
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.fopro import FoProJob, fit_fopro
 from contralto.pipelines.job import load_preset, presets_of
+from contralto.systems.classifier import load
 from contralto.systems.webly.fopro import FoPro
-from contralto.systems.webly.model import load
 
 from tests.conftest import tiny_rows
 from tests.runs import assert_same, stopped

@@ -23,7 +23,7 @@ from contralto.data.dataset import Batch
 from contralto.encoders.heads import mlp
 from contralto.evaluation.representation import knn_right, probe_right
 from contralto.losses.pairs import dcl, nt_xent
-from contralto.systems.selfsup.base import SelfSupervised
+from contralto.systems.base import EncoderSystem
 from contralto.systems.selfsup.cacr import CACR
 
 __all__ = ["PairsOfViews", "build", "run"]
@@ -32,13 +32,13 @@ SIZES = [11 * (k + 1) for k in range(10)]
 VIEWS, NEIGHBOURS = 3, 10
 
 
-class PairsOfViews(SelfSupervised):
+class PairsOfViews(EncoderSystem):
     """NT-Xent or decoupled contrast, averaged over all pairs of views: what CACR is compared with.
 
     Parameters
     ----------
     encoder, num_features, ..., weight_decay
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     loss : {"nt_xent", "dcl"}
     temperature : float
 
@@ -117,7 +117,7 @@ def run(
     }
 
 
-def build(arm: Mapping[str, Any], seed: int, steps: int, batch_size: int) -> SelfSupervised:
+def build(arm: Mapping[str, Any], seed: int, steps: int, batch_size: int) -> EncoderSystem:
     """The system of an arm, not yet trained: encoder and head are the same in all arms of a seed."""
     given = {k: v for k, v in arm.items() if k not in ("loss", "steps")}
     with torch.random.fork_rng(devices=[]):
@@ -127,7 +127,7 @@ def build(arm: Mapping[str, Any], seed: int, steps: int, batch_size: int) -> Sel
         "num_features": 128, "seed": seed, "epochs": steps, "batch_size": batch_size, "optimizer": "adam", "lr": 1e-3,
         "weight_decay": 0.0,
     }  # fmt: skip
-    system: SelfSupervised
+    system: EncoderSystem
     if arm["loss"] == "cacr":
         system = CACR(encoder, num_views=VIEWS, hidden=128, dim=32, **common, **given)
     else:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from contralto.data.images import decode_image
 from contralto.errors import DataError
-from contralto.systems.selfsup.base import SelfSupervised
+from contralto.systems.base import EncoderSystem
 
 __all__ = [
     "Split",
@@ -269,13 +269,13 @@ def batches(
 
 
 def pretrain(
-    system: SelfSupervised, make_batch: Callable[[int], dict[str, Any]], *, device: str = "cpu", log: bool = False
+    system: EncoderSystem, make_batch: Callable[[int], dict[str, Any]], *, device: str = "cpu", log: bool = False
 ) -> list[dict[str, float]]:
     """Train a system for its `total_steps` in a plain loop; it is in evaluation mode afterwards.
 
     Parameters
     ----------
-    system : SelfSupervised
+    system : EncoderSystem
         With its seed, epochs and steps per epoch set.
     make_batch : function
         Step -> batch.
@@ -311,7 +311,7 @@ def pretrain(
 
 
 @torch.inference_mode()
-def features_of(system: SelfSupervised, x: Tensor, *, batch_size: int = 512) -> npt.NDArray[np.float32]:
+def features_of(system: EncoderSystem, x: Tensor, *, batch_size: int = 512) -> npt.NDArray[np.float32]:
     """What `system.embed` gives for samples (N, ...), as an array (N, F).
 
     Examples
@@ -324,7 +324,7 @@ def features_of(system: SelfSupervised, x: Tensor, *, batch_size: int = 512) -> 
     return np.concatenate([system.embed(part.to(device)).float().cpu().numpy() for part in x.split(batch_size)])
 
 
-def split_features(system: SelfSupervised, split: Split) -> tuple[npt.NDArray[Any], ...]:
+def split_features(system: EncoderSystem, split: Split) -> tuple[npt.NDArray[Any], ...]:
     """Features and labels of the training part, features and labels of the test part, as `knn_right` takes them.
 
     Examples

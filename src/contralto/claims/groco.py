@@ -24,7 +24,7 @@ from contralto.evaluation.representation import knn_right, probe_right
 from contralto.losses.contrast import contrast
 from contralto.losses.pairs import nt_xent
 from contralto.losses.sorting import groco
-from contralto.systems.selfsup.base import SelfSupervised
+from contralto.systems.base import EncoderSystem
 
 __all__ = ["LOSSES", "Learner", "hardest_info_nce", "labelled", "run"]
 
@@ -65,13 +65,13 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 """Name -> loss of embeddings (2, B, D)."""
 
 
-class Learner(SelfSupervised):
+class Learner(EncoderSystem):
     """Two views, one head, any loss of `LOSSES`.
 
     Parameters
     ----------
     encoder, num_features, seed, epochs
-        See `SelfSupervised`; every epoch is a step here.
+        See `EncoderSystem`; every epoch is a step here.
     loss : str
     **options
         Of the loss.
@@ -154,7 +154,7 @@ def run(
     return measured(system, split)
 
 
-def measured(system: SelfSupervised, split: Split) -> dict[str, Any]:
+def measured(system: EncoderSystem, split: Split) -> dict[str, Any]:
     """Neighbours and probe on the features of a system, from ten labels per class."""
     known = labelled(split.train_labels, SHOTS)
     parts = (

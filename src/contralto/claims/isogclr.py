@@ -31,7 +31,7 @@ from contralto.claims.digits import (
 )
 from contralto.encoders.heads import mlp
 from contralto.evaluation.representation import knn_right, probe_right
-from contralto.systems.selfsup.base import SelfSupervised
+from contralto.systems.base import EncoderSystem
 from contralto.systems.selfsup.isogclr import ISogCLR
 from contralto.systems.selfsup.simclr import SimCLR
 
@@ -90,7 +90,7 @@ def run(
     }
 
 
-def build(arm: Mapping[str, Any], seed: int, steps: int, batch_size: int, num_samples: int) -> SelfSupervised:
+def build(arm: Mapping[str, Any], seed: int, steps: int, batch_size: int, num_samples: int) -> EncoderSystem:
     """The system of an arm, not yet trained: encoder and head are the same in all arms of a seed."""
     given = {k: v for k, v in arm.items() if k not in ("loss", "steps")}
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +100,7 @@ def build(arm: Mapping[str, Any], seed: int, steps: int, batch_size: int, num_sa
         "num_features": 128, "num_samples": num_samples, "seed": seed, "epochs": steps, "batch_size": batch_size,
         "optimizer": "adam", "lr": 1e-3, "weight_decay": 0.0, "warmup_epochs": 0, "hidden": 128, "dim": 32,
     }  # fmt: skip
-    system: SelfSupervised
+    system: EncoderSystem
     if arm["loss"] == "simclr":
         system = SimCLR(encoder, **(common | given))
     else:

@@ -14,7 +14,7 @@ from contralto.data.ingest import clean_name
 from contralto.data.sources import IMAGE_SUFFIXES, Block, find_blocks, read_block
 from contralto.errors import DataError
 from contralto.files import write_atomically
-from contralto.systems.webly.model import UNKNOWN, WebClassifier
+from contralto.systems.classifier import UNKNOWN, Classifier
 
 if TYPE_CHECKING:
     from contralto.pipelines.embedding import Embedder
@@ -35,7 +35,7 @@ class Applied:
 
 
 def apply_model(
-    model: "WebClassifier | Embedder",
+    model: "Classifier | Embedder",
     data: str,
     target: str | Path,
     *,
@@ -48,14 +48,14 @@ def apply_model(
 
     Parameters
     ----------
-    model : WebClassifier or Embedder
+    model : Classifier or Embedder
     data : str
         Path or fsspec address in any form of `contralto.data.sources`, or one image file.
     target : path
         Parquet file, with the columns `id`, `label` and `confidence`, or `id` and `embedding`; rows in the order of reading.
     task : {"predict", "embed"}
     threshold : float
-        See `WebClassifier.predict`.
+        See `Classifier.predict`.
     image_column : str, optional
         Column of the images.
     on : str, optional
@@ -96,7 +96,7 @@ def apply_model(
 
 
 def _results(
-    model: "WebClassifier | Embedder", data: str, task: str, threshold: float, image_column: str | None, on: str | None
+    model: "Classifier | Embedder", data: str, task: str, threshold: float, image_column: str | None, on: str | None
 ) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
     if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
         return iter([(_Apply(model, task, threshold).table([data], [Path(data).read_bytes()]), [])])
@@ -110,7 +110,7 @@ class _Apply:
 
     def __init__(
         self,
-        model: "WebClassifier | Embedder",
+        model: "Classifier | Embedder",
         task: str,
         threshold: float,
         image_column: str | None = None,

@@ -27,9 +27,9 @@ from contralto.evaluation.representation import (
 )
 from contralto.files import load_weights, naming
 from contralto.review.encoder import write_encoder_report
+from contralto.systems.base import EncoderSystem
+from contralto.systems.classifier import as_tensor
 from contralto.systems.registry import get_system
-from contralto.systems.selfsup.base import SelfSupervised
-from contralto.systems.webly.model import as_tensor
 from contralto.views.image import EvalView, draw_views, strong_view, view_generator
 
 __all__ = ["Embedder", "evaluate_encoder", "load_embedder", "report_encoder"]
@@ -43,13 +43,13 @@ class Embedder:
 
     Parameters
     ----------
-    system : SelfSupervised
+    system : EncoderSystem
         Trained; its encoder knows the size and normalisation of pictures.
     """
 
     multilabel = False
 
-    def __init__(self, system: SelfSupervised) -> None:
+    def __init__(self, system: EncoderSystem) -> None:
         self.system = system.eval()
         encoder: Any = system.encoder
         self.view = EvalView(encoder.size, CROP, tuple(encoder.mean), tuple(encoder.std))

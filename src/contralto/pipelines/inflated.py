@@ -9,7 +9,7 @@ from contralto.data.manifest import Manifest
 from contralto.data.mixture import MixtureSampler, source_shares
 from contralto.errors import DataError
 from contralto.pipelines.pretrain import Pretraining
-from contralto.systems.selfsup.base import SelfSupervised
+from contralto.systems.base import EncoderSystem
 
 __all__ = ["Inflated"]
 
@@ -64,7 +64,7 @@ class Inflated(Pretraining):
         assert self.generated is not None
         return self.generated, row - len(self.rows)
 
-    def order(self, module: SelfSupervised) -> dict[str, Any]:
+    def order(self, module: EncoderSystem) -> dict[str, Any]:
         """Real pictures `dup` times as often as generated ones."""
         length = len(self.rows)
         sampler = MixtureSampler(self.sizes, [self.arguments["dup"], 1], seed=self.arguments["seed"], length=length)

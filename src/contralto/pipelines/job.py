@@ -47,9 +47,9 @@ from contralto.evaluation.openset import open_set_curve
 from contralto.files import naming, save_array, write_atomically, write_json
 from contralto.pipelines.outputs import FREE, claim_run, model_card, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
+from contralto.systems.classifier import Classifier
 from contralto.systems.registry import SYSTEMS
 from contralto.systems.webly.base import WeblySystem, scale_rule
-from contralto.systems.webly.model import WebClassifier
 from contralto.training.fit import fit_stage
 from contralto.views.image import EvalView, View, strong_view, weak_view
 
@@ -573,7 +573,7 @@ class Job:
         table = pa.table({"index": index, "x": xy[:, 0].astype(np.float32), "y": xy[:, 1].astype(np.float32)})
         write_atomically(self.out / "map.parquet", lambda path: pq.write_table(table, path))
 
-    def save_model(self) -> WebClassifier:
+    def save_model(self) -> Classifier:
         """Write `model/`: weights, configuration and a model card, for `contralto.load`."""
         a, final, encoder = self.arguments, self.modules["finetune"], self.encoder()
         if not a["frozen_features"]:
@@ -584,7 +584,7 @@ class Job:
             "mean": list(encoder.mean), "std": list(encoder.std), "classes": self.manifest.class_names,
             "hidden": a["hidden"], "dim": a["dim"], "temperature": a["temperature"],
         } | ({"multilabel": True} if self.multilabel else {})  # fmt: skip
-        model = WebClassifier(config, encoder)
+        model = Classifier(config, encoder)
         model.classifier.load_state_dict(final.classifier.state_dict())
         model.projector.load_state_dict(final.projector.state_dict())
         model.prototypes.copy_(final.prototypes)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contralto.systems.webly.model import WebClassifier
-from contralto.systems.webly.model import load as load_classifier
+from contralto.systems.classifier import Classifier
+from contralto.systems.classifier import load as load_classifier
 
 if TYPE_CHECKING:
     from contralto.pipelines.embedding import Embedder
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> "WebClassifier | Embedder":
+def load(folder: str | Path, *, device: str = "cpu") -> "Classifier | Embedder":
     """Load what a run learnt: ``contralto.load(run).predict(images)``, or ``.embed(images)`` of a pretrained encoder.
 
     Parameters
@@ -23,7 +23,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> "WebClassifier | Embedde
 
     Returns
     -------
-    WebClassifier or Embedder
+    Classifier or Embedder
         In evaluation mode.
 
     Raises

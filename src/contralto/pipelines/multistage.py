@@ -30,7 +30,7 @@ from contralto.encoders.pictures import picture_blocks
 from contralto.files import naming
 from contralto.pipelines.embedding import CROP
 from contralto.pipelines.pretrain import Pretraining
-from contralto.systems.selfsup.base import SelfSupervised
+from contralto.systems.base import EncoderSystem
 from contralto.systems.selfsup.mcl_multistage import (
     DualStage,
     DualStages,
@@ -50,7 +50,7 @@ Integers = npt.NDArray[np.int64]
 class Stages(Pretraining):
     """The job behind ``contralto fit mcl_multistage``."""
 
-    def learn(self) -> SelfSupervised:
+    def learn(self) -> EncoderSystem:
         """All stages, one after the other; the last one holds the encoders of the others."""
         a = self.arguments
         self._codes: Integers | None = None
@@ -85,7 +85,7 @@ class Stages(Pretraining):
         self.train(module, self.out / "training" if last else self.out / "stages" / f"stage{number}")
         return module
 
-    def order(self, module: SelfSupervised) -> dict[str, Any]:
+    def order(self, module: EncoderSystem) -> dict[str, Any]:
         """Batches of one code each, as many as there are without codes."""
         if self._codes is None:
             return super().order(module)

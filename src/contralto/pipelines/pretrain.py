@@ -27,8 +27,8 @@ from contralto.errors import DataError, UsageError
 from contralto.files import naming, write_json
 from contralto.pipelines.embedding import report_encoder
 from contralto.pipelines.outputs import claim_run
+from contralto.systems.base import EncoderSystem
 from contralto.systems.registry import get_system
-from contralto.systems.selfsup.base import SelfSupervised
 from contralto.training.fit import fit_stage
 from contralto.training.probes import OnlineKNN, OnlineProbe
 
@@ -52,9 +52,9 @@ class Pretraining:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def system(self) -> type[SelfSupervised]:
+    def system(self) -> type[EncoderSystem]:
         """The class of the system."""
-        found: type[SelfSupervised] = get_system(self.name)
+        found: type[EncoderSystem] = get_system(self.name)
         return found
 
     multilabel = False
@@ -226,13 +226,13 @@ class Pretraining:
             torch.manual_seed(a["seed"] if seed is None else seed)
             return image_encoder(a["image_encoder"], pretrained=a["pretrained"], size=a["image_size"])
 
-    def learn(self) -> SelfSupervised:
+    def learn(self) -> EncoderSystem:
         """The system, trained."""
         module = self.build()
         self.train(module, self.out / "training")
         return module
 
-    def build(self, **more: Any) -> SelfSupervised:
+    def build(self, **more: Any) -> EncoderSystem:
         """The system, for these pictures; `more` goes before the arguments."""
         encoder = self.encoder(more.get("seed"))
         batch = min(self.arguments["batch_size"], len(self.rows))
@@ -249,7 +249,7 @@ class Pretraining:
         module.take_classes([c.name for c in self.manifest.classes])
         return module
 
-    def loader(self, module: SelfSupervised) -> DataLoader[Any]:
+    def loader(self, module: EncoderSystem) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
         dataset = self.dataset(module.encoder.size)  # type: ignore[arg-type]
         settings = {"collate_fn": as_it_is} | self.order(module)
@@ -257,7 +257,7 @@ class Pretraining:
             dataset, num_workers=0 if dataset.cache is not None else self.arguments["workers"], **settings
         )
 
-    def order(self, module: SelfSupervised) -> dict[str, Any]:
+    def order(self, module: EncoderSystem) -> dict[str, Any]:
         """How batches are drawn, as arguments of a `DataLoader`."""
         sampler = EpochSampler(len(self.labels), seed=self.arguments["seed"])
         return {"batch_size": min(self.arguments["batch_size"], len(sampler)), "sampler": sampler, "drop_last": True}
@@ -280,7 +280,7 @@ class Pretraining:
         """Where a picture that is learnt from stands: a manifest, and the row in it."""
         return self.manifest, int(self.rows[row])
 
-    def train(self, module: SelfSupervised, folder: Path) -> None:
+    def train(self, module: EncoderSystem, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
         a = self.arguments
         done = (folder / "done.json").exists()

@@ -22,7 +22,7 @@ class LARS(torch.optim.Optimizer):
     Parameters
     ----------
     params : iterable of Tensor or of groups
-        Groups with ``adapt=False`` get plain SGD; usual for biases and norms (see `SelfSupervised.configure_optimizers`).
+        Groups with ``adapt=False`` get plain SGD; usual for biases and norms (see `EncoderSystem.configure_optimizers`).
     lr, momentum, weight_decay : float
     trust : float
     eps : float

@@ -17,7 +17,7 @@ from torch import nn
 
 from contralto.data.mixture import source_shares
 from contralto.errors import UsageError
-from contralto.systems.selfsup.base import Optimizer
+from contralto.systems.base import Optimizer
 from contralto.systems.selfsup.wrapped import Base, Wrapped
 from contralto.views.presets import adainf_pair
 
@@ -32,7 +32,7 @@ class AdaInf(Wrapped):
     Parameters
     ----------
     encoder, num_features, ..., momentum
-        See `SelfSupervised`. An epoch is as many draws as there are real pictures, with or without generated ones, so that the
+        See `EncoderSystem`. An epoch is as many draws as there are real pictures, with or without generated ones, so that the
         number of steps does not depend on them. Rates are those of the paper for two devices, ``lr * batch_size / 256``.
     warmup_epochs : float
         1 % of the steps.

@@ -14,19 +14,19 @@ from contralto.data.dataset import Batch
 from contralto.distributed import mean_weight
 from contralto.encoders.heads import mlp
 from contralto.memory.momentum import momentum_copy, momentum_update
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
 
 __all__ = ["BYOL"]
 
 
-class BYOL(SelfSupervised):
+class BYOL(EncoderSystem):
     """Both directions of ``2 - 2 cos(prediction, target)``, added.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
-        See `SelfSupervised`. The paper's rate is ``0.2 * batch_size / 256`` with LARS.
+        See `EncoderSystem`. The paper's rate is ``0.2 * batch_size / 256`` with LARS.
     hidden, dim : int
         Widths of projector and predictor.
     decay : float

@@ -31,18 +31,18 @@ from contralto.losses.attraction import (
 )
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["CACR"]
 
 
-class CACR(SelfSupervised):
+class CACR(EncoderSystem):
     """Attraction plus repulsion of K + 1 views.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
-        See `SelfSupervised`. The paper's rate is ``0.12 * batch_size / 256``.
+        See `EncoderSystem`. The paper's rate is ``0.12 * batch_size / 256``.
     form : {"batch", "queue", "momentum"}
         Views of the batch against each other; with momentum keys and a queue (MoCo v2); or with a predictor against the batch's
         momentum keys (MoCo v3).

@@ -30,7 +30,7 @@ from contralto.losses.information import (
     score_function,
 )
 from contralto.losses.pairs import nt_xent
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView, uniforms
 
 __all__ = ["CMIM"]
@@ -40,13 +40,13 @@ POSTERIOR, PRIOR, SAMPLE, RESAMPLE = range(1000, 1004)
 """Numbers of what is drawn for a sample beside its views."""
 
 
-class CMIM(SelfSupervised):
+class CMIM(EncoderSystem):
     """A Gaussian latent-variable model whose loss has the forms of the MIM family.
 
     Parameters
     ----------
     encoder, num_features, ..., weight_decay
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     final_lr : float, optional
         Where half a cosine ends; default: the rate stays as it is.
     mode : {"cmim", "amim", "smim", "vae", "infonce_aug"}

@@ -25,18 +25,18 @@ from contralto.losses.behaviour import Kind, behaviour
 from contralto.memory.bank import MemoryBank
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["ContrastiveBehaviour"]
 
 
-class ContrastiveBehaviour(SelfSupervised):
+class ContrastiveBehaviour(EncoderSystem):
     """One of four losses, against a memory bank, a queue or the batch.
 
     Parameters
     ----------
     encoder, num_features, ..., weight_decay, momentum
-        See `SelfSupervised`. With a bank, `num_samples` is needed.
+        See `EncoderSystem`. With a bank, `num_samples` is needed.
     hidden, dim : int
         Widths of the projector; `hidden=0` is one linear layer.
     output_norm : bool

@@ -22,18 +22,18 @@ from contralto.losses.decoupled import decoupled_info_nce
 from contralto.losses.pairs import dcl
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["DecoupledContrast"]
 
 
-class DecoupledContrast(SelfSupervised):
+class DecoupledContrast(EncoderSystem):
     """Decoupled contrast of two views, or of a view with its key and a queue.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
-        See `SelfSupervised`. DCL has larger gradients than NT-Xent: under SGD its best rate may be a smaller one.
+        See `EncoderSystem`. DCL has larger gradients than NT-Xent: under SGD its best rate may be a smaller one.
     hidden, dim : int
         Widths of the projector.
     temperature : float

@@ -22,7 +22,7 @@ from contralto.encoders.heads import mlp
 from contralto.errors import UsageError
 from contralto.neighbors.kmeans import kmeans
 from contralto.prototypes.layer import PrototypeLayer
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
 
 __all__ = ["DeepClusterV2"]
@@ -30,13 +30,13 @@ __all__ = ["DeepClusterV2"]
 UNKNOWN = -100
 
 
-class DeepClusterV2(SelfSupervised):
+class DeepClusterV2(EncoderSystem):
     """Clusters of all samples as labels, renewed before every epoch.
 
     Parameters
     ----------
     encoder, num_features, ..., start_lr, final_lr
-        See `SelfSupervised`; `num_samples` must be given, and `index` of a batch be below it.
+        See `EncoderSystem`; `num_samples` must be given, and `index` of a batch be below it.
     hidden, dim : int
         Widths of the projector.
     num_prototypes : sequence of int

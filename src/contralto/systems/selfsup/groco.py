@@ -22,7 +22,7 @@ from contralto.encoders.crops import forward_by_size
 from contralto.encoders.heads import mlp
 from contralto.errors import UsageError
 from contralto.losses.sorting import Network, Sigmoid, groco
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
 
 __all__ = ["GroCo", "learning_rate"]
@@ -43,13 +43,13 @@ def learning_rate(base: float, batch_size: int, rule: str = "linear") -> float:
     return base * 32 * batch_size / 1024 if rule == "linear" else base * math.sqrt(batch_size)
 
 
-class GroCo(SelfSupervised):
+class GroCo(EncoderSystem):
     """Group ordering of positives and hardest negatives.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
-        See `SelfSupervised`; the defaults are the paper's for a batch of 1024 and 100 epochs. `learning_rate` gives the rate for
+        See `EncoderSystem`; the defaults are the paper's for a batch of 1024 and 100 epochs. `learning_rate` gives the rate for
         another batch: a rate that suits other contrastive losses is far too small for plain SGD here; Adam does not care.
     hidden, dim : int
         Widths of the projector: two hidden layers, and the output, which ends in a batch norm without scale and shift.

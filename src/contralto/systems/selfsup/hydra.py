@@ -25,7 +25,7 @@ from contralto.encoders.heads import mlp
 from contralto.errors import DataError, UsageError
 from contralto.losses.gated import Placement, gated_contrast, pair_masks
 from contralto.losses.margin import angular_margin_logits
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["Hydra", "PairGate", "draw_partners"]
 
@@ -147,13 +147,13 @@ _SPREAD = 0.5
 """Standard deviation of stochastic gates."""
 
 
-class Hydra(SelfSupervised):
+class Hydra(EncoderSystem):
     """Contrast between paired classes, every pair in its own subspace.
 
     Parameters
     ----------
     encoder, num_features, ..., start_lr, final_lr
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     num_classes : int
         Labels are in [0, num_classes).
     form : {"two_views", "single_view", "fused"}

@@ -33,18 +33,18 @@ from contralto.losses.global_contrast import (
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.per_sample import PerSample
 from contralto.memory.queue import Queue
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["BimodalGlobalContrast", "ISogCLR"]
 
 
-class ISogCLR(SelfSupervised):
+class ISogCLR(EncoderSystem):
     """Robust global contrast of two views, or of a view with its key and a queue.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs, start_lr, final_lr
-        See `SelfSupervised`. `num_samples` is needed. Losses are those of cosines, not of logits: rates of SimCLR with plain SGD
+        See `EncoderSystem`. `num_samples` is needed. Losses are those of cosines, not of logits: rates of SimCLR with plain SGD
         are too small here, and LARS hides it.
     hidden, dim : int
         Widths of the projector, which has no batch norm.

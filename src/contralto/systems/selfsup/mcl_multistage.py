@@ -36,7 +36,7 @@ from contralto.files import naming, save_array, write_json
 from contralto.losses.pairs import clip
 from contralto.neighbors.kmeans import kmeans
 from contralto.neighbors.knn import unit_rows
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.systems.selfsup.wrapped import Base, Wrapped
 
 __all__ = [
@@ -65,7 +65,7 @@ class MultiStage(Wrapped):
     Parameters
     ----------
     encoder, num_features, ..., warmup_epochs
-        See `SelfSupervised`; epochs are those of one stage.
+        See `EncoderSystem`; epochs are those of one stage.
     base : {"simclr", "moco", "byol"}
         Whose loss every stage has.
     hidden, dim, temperature, queue_size, decay
@@ -156,7 +156,7 @@ class MultiStage(Wrapped):
         return nn.Sequential(self.encoder, self.learner.projector)
 
 
-class DualStage(SelfSupervised):
+class DualStage(EncoderSystem):
     """One stage of the CLIP form: image and text find each other in the batch, at a constant rate after a warm-up.
 
     Its two `views` are an image and a text as `encode_image` and `encode_text` take them. The factor of the cosines is learnt
@@ -169,7 +169,7 @@ class DualStage(SelfSupervised):
     num_features : int
         Width of the joint space.
     num_samples, steps_per_epoch, seed, epochs, batch_size, optimizer, lr, weight_decay
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     warmup : int
         Steps.
 

@@ -13,18 +13,18 @@ from contralto.distributed import gather_rows, mean_weight
 from contralto.encoders.heads import mlp
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["MoCo"]
 
 
-class MoCo(SelfSupervised):
+class MoCo(EncoderSystem):
     """InfoNCE of queries against the own key and a queue.
 
     Parameters
     ----------
     encoder, num_features, ..., weight_decay, momentum
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     hidden, dim : int
         Widths of the projector.
     temperature : float

@@ -27,12 +27,12 @@ from contralto.errors import UsageError
 from contralto.losses.contrast import contrast
 from contralto.losses.pixels import pixel_consistency, pixel_contrast, positive_cells, propagate
 from contralto.memory.momentum import momentum_copy, momentum_update
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["PixPro"]
 
 
-class PixPro(SelfSupervised):
+class PixPro(EncoderSystem):
     """Consistency or contrast between cells, with a comparison of whole pictures beside it or in its place.
 
     Parameters
@@ -41,7 +41,7 @@ class PixPro(SelfSupervised):
         With ``forward_map(x)`` for a map (B, num_features, h, w), or ``forward_maps(x)`` for several of one width (a pyramid, the
         losses of whose levels are averaged); without either, the encoder itself must give the map.
     num_features, ..., start_lr, final_lr
-        See `SelfSupervised`. The paper's rate is ``batch_size / 256`` with LARS.
+        See `EncoderSystem`. The paper's rate is ``batch_size / 256`` with LARS.
     hidden, dim : int
         Widths of the projector: 4096 in the code, 2048 in the paper.
     task : {"consistency", "contrast", "none"}

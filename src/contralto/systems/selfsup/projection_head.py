@@ -20,20 +20,20 @@ from contralto.distributed import gather_rows, gather_with_gradient, mean_weight
 from contralto.encoders.heads import HeadKind, projection_head
 from contralto.errors import DataError, UsageError
 from contralto.losses.pairs import nt_xent, sup_con
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["Objective", "ProjectionHead"]
 
 Objective = Literal["nt_xent", "sup_con", "cross_entropy"]
 
 
-class ProjectionHead(SelfSupervised):
+class ProjectionHead(EncoderSystem):
     """An encoder under a head; `representation` gives the features before or after it.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
-        See `SelfSupervised`; the defaults are those of the self-supervised experiment.
+        See `EncoderSystem`; the defaults are those of the self-supervised experiment.
     head : {"mlp", "none", "mlp3", "identity_init", "fixed"}
         See `contralto.encoders.heads.projection_head`.
     hidden : int

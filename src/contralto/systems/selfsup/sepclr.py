@@ -24,7 +24,7 @@ from contralto.distributed import gather_rows, gather_with_gradient
 from contralto.encoders.heads import mlp
 from contralto.errors import DataError, UsageError
 from contralto.losses.kernels import alignment, attribute_alignment, joint_entropy, uniformity
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["SepCLR"]
 
@@ -33,13 +33,13 @@ BANDWIDTH = {"continuous": 0.025, "discrete": 1e-5 / 2}
 """On the scale of an attribute; the discrete one leaves pairs of the same value only."""
 
 
-class SepCLR(SelfSupervised):
+class SepCLR(EncoderSystem):
     """Two encoders with a contrastive objective each, and their joint entropy.
 
     Parameters
     ----------
     encoder, num_features, ..., weight_decay
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     final_lr : float, optional
         Where half a cosine ends; default: the rate stays as it is, as in the paper.
     common_dim, salient_dim : int

@@ -11,18 +11,18 @@ from contralto.data.dataset import Batch
 from contralto.distributed import gather_with_gradient
 from contralto.encoders.heads import mlp
 from contralto.losses.pairs import nt_xent
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 
 __all__ = ["SimCLR"]
 
 
-class SimCLR(SelfSupervised):
+class SimCLR(EncoderSystem):
     """NT-Xent on the projections of two views.
 
     Parameters
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
-        See `SelfSupervised`. The rate is for the batch as it is; the paper's rule is ``0.3 * batch_size / 256`` with LARS.
+        See `EncoderSystem`. The rate is for the batch as it is; the paper's rule is ``0.3 * batch_size / 256`` with LARS.
     hidden, dim : int
         Widths of the projector.
     temperature : float

@@ -27,7 +27,7 @@ from contralto.losses.sinkhorn import sinkhorn
 from contralto.losses.swapped import swapped_prediction
 from contralto.memory.past import PastViews
 from contralto.prototypes.layer import PrototypeLayer
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
 
 __all__ = ["SwAV", "perplexity"]
@@ -51,13 +51,13 @@ def perplexity(share: Tensor) -> Tensor:
     return used
 
 
-class SwAV(SelfSupervised):
+class SwAV(EncoderSystem):
     """Swapped prediction of balanced cluster assignments.
 
     Parameters
     ----------
     encoder, num_features, ..., start_lr, final_lr
-        See `SelfSupervised`; the defaults are the paper's for a batch of 4096. The rate is not linear in the batch: 0.6 at 256.
+        See `EncoderSystem`; the defaults are the paper's for a batch of 4096. The rate is not linear in the batch: 0.6 at 256.
     hidden, dim : int
         Widths of the projector.
     num_prototypes : sequence of int

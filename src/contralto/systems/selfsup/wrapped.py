@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from contralto.data.dataset import Batch
 from contralto.errors import UsageError
-from contralto.systems.selfsup.base import Optimizer, SelfSupervised
+from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.systems.selfsup.byol import BYOL
 from contralto.systems.selfsup.moco import MoCo
 from contralto.systems.selfsup.simclr import SimCLR
@@ -18,13 +18,13 @@ __all__ = ["Base", "Wrapped"]
 Base = Literal["simclr", "moco", "byol"]
 
 
-class Wrapped(SelfSupervised):
+class Wrapped(EncoderSystem):
     """A system whose loss is that of SimCLR, MoCo v2 or BYOL.
 
     Parameters
     ----------
     encoder, num_features, ..., warmup_epochs
-        See `SelfSupervised`; optimiser and schedule are of this system, for all parts of the learner.
+        See `EncoderSystem`; optimiser and schedule are of this system, for all parts of the learner.
     base : {"simclr", "moco", "byol"}
     hidden, dim : int
         Widths of its projector (and predictor).
@@ -37,11 +37,11 @@ class Wrapped(SelfSupervised):
 
     Attributes
     ----------
-    learner : SelfSupervised
+    learner : EncoderSystem
         Has the encoder and all heads.
     """
 
-    learner: SelfSupervised
+    learner: EncoderSystem
 
     def __init__(
         self,

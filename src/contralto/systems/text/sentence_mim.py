@@ -20,7 +20,7 @@ from contralto.encoders.decoders import Likelihood
 from contralto.encoders.recurrent import GRUDecoder
 from contralto.errors import UsageError
 from contralto.losses.information import LatentScaling
-from contralto.systems.selfsup.base import Optimizer
+from contralto.systems.base import Optimizer
 from contralto.systems.selfsup.cmim import CMIM, Mode
 
 __all__ = ["SentenceMIM"]
@@ -34,7 +34,7 @@ class SentenceMIM(CMIM):
     encoder : nn.Module
         Word numbers (B, T) to features (B, num_features), such as `contralto.encoders.recurrent.GRUEncoder`.
     num_features, ..., weight_decay
-        See `SelfSupervised`.
+        See `EncoderSystem`.
     words, length : int
         Size of the vocabulary, and of the rows.
     clip : float

@@ -12,7 +12,7 @@ from PIL import Image
 
 import contralto
 from contralto.errors import DataError, UsageError
-from contralto.systems.webly.model import WebClassifier
+from contralto.systems.classifier import Classifier
 
 from tests.conftest import picture
 
@@ -25,7 +25,7 @@ CONFIG = {
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    model = WebClassifier(CONFIG).eval()
+    model = Classifier(CONFIG).eval()
     model.save(tmp_path / "model", "card")
     return tmp_path, model
 
@@ -99,7 +99,7 @@ def test_below_the_threshold_a_picture_is_unknown():
         "encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
         "classes": ["cat", "dog"], "hidden": 16, "dim": 8, "temperature": 0.1,
     }  # fmt: skip
-    model = WebClassifier(config).eval()
+    model = Classifier(config).eval()
     pictures = [np.full((40, 40, 3), v, np.uint8) for v in (0, 90, 250)]
     best = model.predict(pictures).probabilities.max(1)
     middle = float(np.sort(best)[1])
@@ -109,6 +109,6 @@ def test_below_the_threshold_a_picture_is_unknown():
     assert "unknown" not in model.predict(pictures)
     with pytest.raises(UsageError, match="threshold"):
         model.predict(pictures, threshold=1.5)
-    named = WebClassifier(config | {"classes": ["unknown", "dog"]}).eval()
+    named = Classifier(config | {"classes": ["unknown", "dog"]}).eval()
     with pytest.raises(UsageError, match="a class is called 'unknown'"):
         named.predict(pictures, threshold=0.5)

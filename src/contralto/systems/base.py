@@ -1,4 +1,4 @@
-"""What the systems for unlabelled pictures share: views in, loss out, optimiser, schedule, and what is used afterwards.
+"""What the systems that train an encoder share: views in, loss out, optimiser, schedule, and what is used afterwards.
 
 A system adds its heads, its views and `step`. It is usable in a loop of one's own::
 
@@ -24,13 +24,13 @@ from contralto.errors import ContraltoError, DataError, UsageError
 from contralto.systems.optim import LARS, warmup_cosine
 from contralto.views.batched import BatchView, draw_batch
 
-__all__ = ["Optimizer", "SelfSupervised"]
+__all__ = ["EncoderSystem", "Optimizer"]
 
 Optimizer = Literal["sgd", "lars", "larc", "adam", "adamw"]
 
 
-class SelfSupervised(LightningModule):
-    """Base of the systems that learn an encoder from views of unlabelled samples.
+class EncoderSystem(LightningModule):
+    """Base of the systems that learn an encoder from views of samples, labelled or not.
 
     Parameters
     ----------

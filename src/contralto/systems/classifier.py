@@ -1,4 +1,4 @@
-"""What a webly run hands over for use: encoder, classifier and prototypes, without the training stack.
+"""What a run that knows classes hands over for use: encoder, classifier and prototypes, without the training stack.
 
 A model folder holds `config.json` (JSON), `model.safetensors` and a model card `README.md`; nothing in it is unpickled.
 """
@@ -20,7 +20,7 @@ from contralto.errors import DataError, UsageError
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.views.image import EvalView
 
-__all__ = ["UNKNOWN", "Predictions", "WebClassifier", "as_tensor", "load"]
+__all__ = ["UNKNOWN", "Classifier", "Predictions", "as_tensor", "load"]
 
 Pictures = Sequence[Any]
 UNKNOWN = "unknown"
@@ -37,7 +37,7 @@ class Predictions(list[Any]):
         self.probabilities = probabilities
 
 
-class WebClassifier(nn.Module):
+class Classifier(nn.Module):
     """Encoder, linear classifier, projector and prototypes of a finished run.
 
     Parameters
@@ -52,7 +52,7 @@ class WebClassifier(nn.Module):
     --------
     >>> config = {"encoder": "resnet8", "num_features": 128, "size": 32, "crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3,
     ...           "classes": ["cat", "dog"], "hidden": 16, "dim": 8, "temperature": 0.1}
-    >>> model = WebClassifier(config).eval()
+    >>> model = Classifier(config).eval()
     >>> prediction = model.predict([np.zeros((40, 40, 3), dtype=np.uint8)])
     >>> prediction[0] in ("cat", "dog"), prediction.probabilities.shape
     (True, (1, 2))
@@ -172,7 +172,7 @@ def as_tensor(picture: Any) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
+def load(folder: str | Path, *, device: str = "cpu") -> Classifier:
     """Load the model of a run for inference: ``contralto.load(run).predict(images)``.
 
     Parameters
@@ -183,7 +183,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
 
     Returns
     -------
-    WebClassifier
+    Classifier
         In evaluation mode.
 
     Raises
@@ -200,7 +200,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> WebClassifier:
     with naming(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _check_config(config)
-        model = WebClassifier(config)
+        model = Classifier(config)
     load_weights(model, folder / "model.safetensors")
     return model.eval().to(device)
 
