@@ -113,6 +113,15 @@ class Discoveries:
         """How many pictures were given a class as their label."""
         return self.given.count(self.classes[k])
 
+    def places(self, sha256: Array) -> Array:
+        """Positions of pictures by the hashes of their bytes (M,); -1 for what is not in the run."""
+        hashes = np.empty(len(self), object)
+        for part, manifest in enumerate(self._manifests):
+            inside = self._part == part
+            hashes[inside] = manifest.column("sha256")[self._index[inside]]
+        place = {h: n for n, h in reversed(list(enumerate(hashes.tolist())))}
+        return np.array([place.get(h, -1) for h in sha256.tolist()], np.int64)
+
     def read_bytes(self, n: int) -> bytes:
         """The encoded picture."""
         return self._manifests[self._part[n]].read_bytes(int(self._index[n]))
