@@ -1,7 +1,7 @@
 """Supervised contrast with a focal weight on every pair, for rows whose labels may be mixtures (Core-tuning, equation 5).
 
-``p_ij = exp(z_i.z_j / t) / sum_{k != i} exp(z_i.z_k / t)``, and of anchor i ``sum_{j in P(i)} -(1 - p_ij)^gamma log p_ij``. The weight
-depends on the pair and carries gradient, so this is no case of the contrast engine; its matrix is that of one batch.
+``p_ij = exp(z_i.z_j / t) / sum_{k != i} exp(z_i.z_k / t)``, and of anchor i ``sum_{j in P(i)} -(1 - p_ij)^gamma log p_ij``. The
+weight depends on the pair and carries gradient, so this is no case of the contrast engine; its matrix is that of one batch.
 """
 
 from typing import Literal

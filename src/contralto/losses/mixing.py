@@ -1,7 +1,7 @@
-"""Mixtures of features, not of pictures: shares drawn from a Beta law, the hardest pairs of a batch, and what Core-tuning makes of them.
+"""Mixtures of features, not of pictures: shares from a Beta law, the hardest pairs of a batch, what Core-tuning makes of them.
 
-A mixture of two rows is ``share * a + (1 - share) * b``, and so is its label. `hard_mixtures` builds the rows, because a classifier
-is to see them; `losses.regression` mixes by the similarities alone and never builds one.
+A mixture of two rows is ``share * a + (1 - share) * b``, and so is its label. `hard_mixtures` builds the rows, as a classifier is
+to see them; `losses.regression` mixes by the similarities alone and never builds one.
 """
 
 from typing import NamedTuple
