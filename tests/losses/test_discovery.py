@@ -33,9 +33,7 @@ def scores(n=8, k=6, views=2, seed=0):
     return F.normalize(u, dim=-1) @ F.normalize(mu, dim=-1).T
 
 
-@pytest.mark.parametrize(
-    ("case", "epoch", "start", "teacher"), [("dapl_0", 0, 0.0, 0.05), ("dapl_3", 30, 0.2, 0.07)]
-)
+@pytest.mark.parametrize(("case", "epoch", "start", "teacher"), [("dapl_0", 0, 0.0, 0.05), ("dapl_3", 30, 0.2, 0.07)])
 def test_pseudo_labels_give_the_loss_and_gradient_of_the_released_code(case, epoch, start, teacher):
     logits = ref(f"{case}__logits").requires_grad_()
     by_view = logits.unflatten(0, (2, -1))
