@@ -34,13 +34,16 @@ from contralto.training.probes import OnlineKNN, OnlineProbe
 
 __all__ = ["Pretraining"]
 
-FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "stage")
+FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "num_new", "stage")
 """Arguments of a system that the job knows from encoder, data and progress."""
 
 
 @dataclass
 class Pretraining:
     """The job behind ``contralto fit`` for one self-supervised system; its methods can be called one by one.
+
+    A job of another kind extends it: arguments of its own are keyword arguments of its `fit`, which hands all of them on to this
+    one; `check_labels`, `facts`, `order`, `finish` and `last_metrics` are what it says differently.
 
     Parameters
     ----------
@@ -165,12 +168,17 @@ class Pretraining:
             with naming(out / "seconds.json"):
                 self.seconds = dict(json.loads((out / "seconds.json").read_text(encoding="utf-8")))
 
+    @classmethod
+    def own_parameters(cls) -> dict[str, inspect.Parameter]:
+        """Named arguments of the job itself: those of `fit`, and of the `fit` that it extends."""
+        methods = [c.__dict__["fit"] for c in reversed(cls.__mro__) if "fit" in c.__dict__]
+        every = [p for m in methods for p in inspect.signature(m).parameters.values()]
+        return {p.name: p for p in every if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
+
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
-        every = dict(inspect.signature(self.system.__init__).parameters) | dict(inspect.signature(self.fit).parameters)
-        return {
-            k: p for k, p in every.items() if k not in (*FACTS, "self", "encoder", "data", "out", "progress", "system")
-        }
+        of_system = dict(inspect.signature(self.system.__init__).parameters)
+        return {k: p for k, p in of_system.items() if k not in (*FACTS, "self", "encoder")} | self.own_parameters()
 
     def ingest(self) -> None:
         """Read the pictures into the manifest of the run, once; take those that are to be learnt from."""
@@ -179,12 +187,7 @@ class Pretraining:
         splits = self.manifest.column("split")
         self.rows = np.flatnonzero(splits == "train") if "train" in splits else np.arange(len(self.manifest))
         self.labels = self.manifest.labels.astype(np.int64)[self.rows]
-        if "label" in self.system.needs and (self.labels < 0).any():
-            raise DataError(
-                f"{self.name} learns from labels, and {int((self.labels < 0).sum())} pictures have none; name their column "
-                f"with --label_column",
-                file=self.data,
-            )
+        self.check_labels()
         if len(self.rows) < 2:
             raise DataError(f"{self.name} compares pictures with each other: at least two are needed", file=self.data)
         self.console.print(
@@ -196,6 +199,15 @@ class Pretraining:
         self.fingerprint = hashlib.sha256(
             json.dumps([self.manifest.fingerprint(), told], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
+
+    def check_labels(self) -> None:
+        """Refuse labels that the system cannot learn from: here, missing ones if it needs them."""
+        missing = int((self.labels < 0).sum())
+        if "label" in self.system.needs and missing:
+            raise DataError(
+                f"{self.name} learns from labels, and {missing} pictures have none; name their column with --label_column",
+                file=self.data,
+            )
 
     def _read(self, data: str, folder: Path, *, columns: bool = True) -> Manifest:
         """The manifest of some pictures, made once; with the columns that were named, or those of usual names."""
@@ -235,19 +247,22 @@ class Pretraining:
     def build(self, **more: Any) -> EncoderSystem:
         """The system, for these pictures; `more` goes before the arguments."""
         encoder = self.encoder(more.get("seed"))
-        batch = min(self.arguments["batch_size"], len(self.rows))
-        facts = {
-            "num_features": encoder.num_features,
-            "num_samples": len(self.labels),
-            "steps_per_epoch": len(self.rows) // batch,
-            "num_classes": len(self.manifest.classes),
-        } | {k: v for k, v in more.items() if k in FACTS}
+        facts = self.facts(encoder) | {k: v for k, v in more.items() if k in FACTS}
         names = inspect.signature(self.system.__init__).parameters
         self.built = {k: v for k, v in facts.items() if k in names}
         given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
         module = self.system(encoder, **self.built, **given)
         module.take_classes([c.name for c in self.manifest.classes])
         return module
+
+    def facts(self, encoder: ImageEncoder) -> dict[str, Any]:
+        """Arguments of the system that follow from encoder and data; the system takes those that it has."""
+        return {
+            "num_features": encoder.num_features,
+            "num_samples": len(self.labels),
+            "steps_per_epoch": len(self.rows) // min(self.arguments["batch_size"], len(self.rows)),
+            "num_classes": len(self.manifest.classes),
+        }
 
     def loader(self, module: EncoderSystem) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
