@@ -7,8 +7,8 @@ prototypes are pushed apart.
 
 ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, Ma et al., TPAMI 2025, arXiv 2504.03755. The
 released code takes the epoch with the best accuracy on the unlabelled samples, for which it needs their labels; here the last
-one is taken. The defaults here are those of its published commands, not of its arguments. How the paper finds the number of classes
-is not in the code: `prototype_number` is a form of its own, and approximate.
+one is taken. The defaults here are those of its published commands. How the paper finds the number of classes
+is not in the code: `prototype_number` is one of its own form, and approximate.
 """
 
 from typing import Literal
