@@ -38,7 +38,7 @@ SMALL = {
     "image_size": 16, "batch_size": 16, "epochs": 3, "hidden": 16, "dim": 8, "lr": 0.02, "progress": False,
     "new_classes": 2, "frozen": True,
 }  # fmt: skip
-LONGER = SMALL | {"epochs": 30, "lr": 0.1, "ramp_epochs": 15}
+LONGER = SMALL | {"epochs": 30, "lr": 0.01, "ramp_epochs": 15}
 HOSTILE = "<script>window.hacked = 1</script>"
 
 
