@@ -27,7 +27,6 @@ from contralto.losses.discovery import (
     prototype_separation,
     swapped_labels,
 )
-from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import means
 from contralto.prototypes.layer import CosineLayer
