@@ -92,7 +92,7 @@ def test_names_are_cleaned_and_checked(tmp_path):
     assert new_names(2, ["new 1"]) == ["new 2", "new 3"]
     for wrong in ("[]", '{"new 1": 1}', "{", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")):
         (tmp_path / "names.json").write_text(wrong, encoding="latin-1")
-        with pytest.raises(DataError, match="names.json"):
+        with pytest.raises(DataError, match=r"names\.json"):
             read_names(tmp_path)
 
 

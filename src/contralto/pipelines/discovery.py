@@ -104,7 +104,8 @@ class Discovery(Pretraining):
         variants : int
             With `frozen`: how many draws of each of the two views are kept.
         cache : str, optional
-            Where features of the encoder as it begins are kept; default: in the run folder. Runs with one cache compute them once.
+            Where features of the encoder as it begins are kept; default: in the run folder. Runs that share it compute them
+            once.
         **rest
             Arguments of `Pretraining.fit` and of the system.
 
