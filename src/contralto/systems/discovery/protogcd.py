@@ -6,9 +6,9 @@ the surest first. That the predictions of a batch must be spread over all classe
 prototypes are pushed apart.
 
 ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, Ma et al., TPAMI 2025, arXiv 2504.03755. The
-released code takes the epoch with the best accuracy on the unlabelled samples, for which it needs their labels; here the last
-one is taken. The defaults here are those of its published commands. How the paper finds the number of classes
-is not in the code: `prototype_number` is one of its own form, and approximate.
+released code takes the epoch with the best accuracy on the unlabelled samples, for which it needs their labels; here the last one
+is taken. The defaults here are those of its published commands. How the paper finds the number of classes is not in its code:
+`contralto.systems.discovery.numbers` does it in a way of its own, approximately.
 """
 
 from typing import Literal
