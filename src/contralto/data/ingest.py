@@ -33,7 +33,7 @@ from contralto.data.manifest import CLEAN_SETS, MANIFEST_SCHEMA, SKIPPED_SCHEMA,
 from contralto.data.sources import MAX_DEPTH, Block, Record, find_blocks, read_block, root_of
 from contralto.errors import DataError
 
-__all__ = ["ROLES", "clean_name", "find_columns", "ingest"]
+__all__ = ["ROLES", "clean_name", "find_columns", "ingest", "label_name", "unique_names"]
 
 ROLES: dict[str, tuple[str, ...]] = {
     "id": ("id", "image_id", "uid", "uuid", "key"),
@@ -319,9 +319,9 @@ def _bounded(value: Any, limit: int, depth: int = 0) -> Any:
     return value
 
 
-def clean_name(text: str) -> str:
-    """A name from outside: control and direction signs away, bounded."""
-    return _CONTROL.sub("", str(text))[:MAX_NAME]
+def clean_name(text: str, limit: int = MAX_NAME) -> str:
+    """A name, or a text, from outside: control and direction signs away, bounded."""
+    return _CONTROL.sub("", str(text))[:limit]
 
 
 def _value(fields: Mapping[str, Any], columns: Sequence[str]) -> Any:
@@ -331,7 +331,7 @@ def _value(fields: Mapping[str, Any], columns: Sequence[str]) -> Any:
 def _names(rows: pa.Table, columns: Sequence[str]) -> list[str | None]:
     """The label of every picture, as a cleaned name."""
     places = zip(_fields(rows), rows.column("source").to_pylist(), rows.column("row").to_pylist(), strict=True)
-    return [_name(_value(fields, columns), source, row) for fields, source, row in places]
+    return [label_name(_value(fields, columns), source, row) for fields, source, row in places]
 
 
 def _fields(rows: pa.Table) -> Iterator[dict[str, Any]]:
@@ -340,11 +340,23 @@ def _fields(rows: pa.Table) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, chunk.to_pylist())
 
 
-def _name(value: Any, source: str, row: int) -> str | None:
+def label_name(value: Any, source: str, row: int) -> str | None:
+    """The name of a class as a cell has it, cleaned; None where there is none.
+
+    Raises
+    ------
+    DataError
+        If the cell holds several.
+
+    Examples
+    --------
+    >>> label_name(3.0, "a.csv", 0), label_name("", "a.csv", 1)
+    ('3', None)
+    """
     if value is None or value == "":
         return None
     if isinstance(value, (list, dict)):
-        raise DataError("several labels for one picture: use the system for multi-label data", file=source, row=row)
+        raise DataError("several labels in one row: use the system for multi-label data", file=source, row=row)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return clean_name(str(value)).strip() or None
@@ -409,14 +421,14 @@ def _table(rows: pa.Table, roles: dict[str, list[str]], given: list[int], clean:
     for fields, found in zip(_fields(rows), rows.column("id").to_pylist(), strict=True):
         ids.append(clean_name(_value(fields, roles["id"])) if roles["id"] else found)
         text = ". ".join(_as_text(fields[c]) for c in roles["text"] if fields.get(c))
-        texts.append(_CONTROL.sub("", text)[:max_text])
+        texts.append(clean_name(text, max_text))
         splits.append(clean_name(_value(fields, roles["split"]) or "train"))
         groups.append(clean_name(_value(fields, roles["group"]) or ""))
     sha256 = rows.column("sha256").to_numpy(zero_copy_only=False).astype(str)
     phash = rows.column("phash").to_numpy()
     told: dict[str, Any] = {
         "index": np.arange(len(rows)),
-        "id": _unique(ids),
+        "id": unique_names(ids),
         "duplicate_group": duplicate_groups(phash, sha256),
         "label": given,
         "text": texts,
@@ -432,8 +444,14 @@ def _as_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _unique(identities: list[str]) -> list[str]:
-    """Ids that occur again get "#2", "#3", ... so that every row keeps a name of its own."""
+def unique_names(identities: list[str]) -> list[str]:
+    """Ids that occur again get "#2", "#3", ... so that every row keeps a name of its own.
+
+    Examples
+    --------
+    >>> unique_names(["a", "b", "a"])
+    ['a', 'b', 'a#2']
+    """
     seen: Counter[str] = Counter()
     out = []
     taken = set(identities)

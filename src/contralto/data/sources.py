@@ -1,4 +1,4 @@
-"""Readers for the forms in which people have images with texts, and random access to the bytes later.
+"""Readers for the forms in which people have images or sounds with texts, and random access to the bytes later.
 
 =================  ====================================================================================================
 form               what it looks like
@@ -30,7 +30,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -39,11 +39,13 @@ import pyarrow.parquet as pq
 from contralto.errors import DataError
 
 __all__ = [
-    "Block", "ByteReader", "Record", "detect_form", "find_blocks", "open_filesystem", "read_block", "read_lines", "read_records",
-    "read_rows",
+    "Block", "ByteReader", "Kind", "Record", "detect_form", "find_blocks", "open_filesystem", "read_block", "read_lines",
+    "read_records", "read_rows",
 ]  # fmt: skip
 
+Kind = Literal["image", "sound"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = {"image": IMAGE_SUFFIXES, "sound": (".wav", ".flac", ".ogg", ".oga")}
 SIDE_SUFFIXES = (".txt", ".json", ".cls")
 MAX_SIDE_FILE = 2**20
 MAX_LINE = 32 * 2**20
@@ -54,13 +56,20 @@ MAX_GROUP = 2 * 2**30
 BLOCK_ROWS = 1000
 BLOCK_TEXT = 4 * 2**20
 MAX_DEPTH = 50
-_PATH_COLUMNS = ("image_path", "path", "file_name", "filename", "filepath", "file", "image", "img", "key")
-_BYTE_COLUMNS = ("image", "jpg", "png", "bytes", "image_bytes", "img", "webp")
+_NAMES = ("path", "file_name", "filename", "filepath", "file")
+_PATH_COLUMNS = {
+    "image": ("image_path", *_NAMES, "image", "img", "key"),
+    "sound": ("audio_path", *_NAMES, "audio", "sound", "wav", "key"),
+}
+_BYTE_COLUMNS = {
+    "image": ("image", "jpg", "png", "bytes", "image_bytes", "img", "webp"),
+    "sound": ("audio", "sound", "wav", "flac", "bytes", "audio_bytes"),
+}
 
 
 @dataclass
 class Record:
-    """One picture as found: where its bytes are, the bytes, and what came along."""
+    """One picture or sound as found: where its bytes are, the bytes, and what came along."""
 
     id: str
     source: str
@@ -89,6 +98,8 @@ class Block:
     items : tuple
         What of it: numbers of row groups (of no groups: all of them); for files their paths with side files, class, row and
         metadata; for a table its rows.
+    kind : {"image", "sound"}
+        What is looked for.
     """
 
     address: str
@@ -96,9 +107,10 @@ class Block:
     path: str = ""
     first: int = 0
     items: tuple[Any, ...] = ()
+    kind: Kind = "image"
 
 
-def detect_form(address: str) -> str:
+def detect_form(address: str, kind: Kind = "image") -> str:
     """Which of the forms an address holds.
 
     Raises
@@ -132,7 +144,7 @@ def detect_form(address: str) -> str:
         return "shards"
     if any(f.endswith(".parquet") for f in files):
         return "parquet"
-    if folders or any(f.endswith(IMAGE_SUFFIXES) for f in files):
+    if folders or any(f.endswith(SUFFIXES[kind]) for f in files):
         return "folder"
     tables = [f for f in files if f.endswith((".csv", ".jsonl", ".jsonl.gz"))]
     if len(tables) == 1:
@@ -143,8 +155,10 @@ def detect_form(address: str) -> str:
     )
 
 
-def read_records(address: str, *, image_column: str | None = None, allow_outside: bool = False) -> Iterator[Record]:
-    """All pictures at an address, one after the other, with their bytes.
+def read_records(
+    address: str, *, image_column: str | None = None, allow_outside: bool = False, kind: Kind = "image"
+) -> Iterator[Record]:
+    """All pictures (or sounds) at an address, one after the other, with their bytes.
 
     Parameters
     ----------
@@ -154,17 +168,19 @@ def read_records(address: str, *, image_column: str | None = None, allow_outside
         Column with bytes or paths, for tables.
     allow_outside : bool
         Let a table name files outside its own folder.
+    kind : {"image", "sound"}
+        What is looked for.
 
     Yields
     ------
     Record
         With `problem` set where something is refused.
     """
-    for block in find_blocks(address):
+    for block in find_blocks(address, kind=kind):
         yield from read_block(block, image_column=image_column, allow_outside=allow_outside)
 
 
-def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
+def find_blocks(address: str, *, rows: int | None = None, kind: Kind = "image") -> Iterator[Block]:
     """The parts of the data at an address, in the order of reading; folders are listed and tables read on the way.
 
     Parameters
@@ -173,27 +189,29 @@ def find_blocks(address: str, *, rows: int | None = None) -> Iterator[Block]:
         Path or fsspec address.
     rows : int, optional
         About so many pictures in a block, 1000 by default; a tar is one block, and no row group of a Parquet file is split.
+    kind : {"image", "sound"}
+        What is looked for.
 
     Yields
     ------
     Block
     """
-    form, rows = detect_form(address), BLOCK_ROWS if rows is None else rows
+    form, rows = detect_form(address, kind), BLOCK_ROWS if rows is None else rows
     fs, root = open_filesystem(address)
     if form in ("folder", "shards"):
-        found = _folder_files(fs, root) if form == "folder" else _shard_files(fs, root)
+        found = _folder_files(fs, root, kind) if form == "folder" else _shard_files(fs, root, kind)
         for part in _parts(found, rows):
-            yield Block(address, "files", items=tuple(part))
+            yield Block(address, "files", items=tuple(part), kind=kind)
     elif form == "tar":
         for path in _files(fs, root, (".tar",)):
-            yield Block(address, "tar", path)
+            yield Block(address, "tar", path, kind=kind)
     elif form == "parquet":
         for path in _files(fs, root, (".parquet",)):
-            yield from _group_blocks(fs, address, path, rows)
+            yield from _group_blocks(fs, address, path, rows, kind)
     else:
         for path in _files(fs, root, (".csv", ".jsonl", ".jsonl.gz")):
             for part in _parts(read_rows(fs, path), rows):
-                yield Block(address, "table", path, items=tuple(part))
+                yield Block(address, "table", path, items=tuple(part), kind=kind)
 
 
 def read_block(block: Block, *, image_column: str | None = None, allow_outside: bool = False) -> Iterator[Record]:
@@ -215,7 +233,7 @@ def read_block(block: Block, *, image_column: str | None = None, allow_outside: 
         for item in block.items:
             yield _file_record(fs, root, *item)
     elif block.form == "tar":
-        yield from _tar(fs, root, block.path)
+        yield from _tar(fs, root, block.path, block.kind)
     elif block.form == "parquet":
         yield from _parquet(fs, root, block, image_column, allow_outside)
     else:
@@ -426,19 +444,19 @@ def _side_fields(texts: dict[str, bytes], name: str) -> dict[str, Any]:
     return fields
 
 
-def _folder_files(fs: Any, root: str) -> Iterator[tuple[Any, ...]]:
+def _folder_files(fs: Any, root: str, kind: Kind) -> Iterator[tuple[Any, ...]]:
     """Every picture of a folder of classes, as arguments of `_file_record`."""
     metadata = _folder_metadata(fs, root)
     subfolders = sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory")
     for folder in [root, *subfolders]:
         before = {} if folder == root else {"class": posixpath.basename(folder.rstrip("/"))}
-        for path, sides, row in _flat_folder(fs, folder, deep=folder != root):
+        for path, sides, row in _flat_folder(fs, folder, kind, deep=folder != root):
             yield path, sides, row, before, metadata.get(_relative(path, root), {})
 
 
-def _shard_files(fs: Any, root: str) -> Iterator[tuple[Any, ...]]:
+def _shard_files(fs: Any, root: str, kind: Kind) -> Iterator[tuple[Any, ...]]:
     for folder in sorted(e["name"] for e in fs.ls(root, detail=True) if e["type"] == "directory"):
-        for path, sides, row in _flat_folder(fs, folder):
+        for path, sides, row in _flat_folder(fs, folder, kind):
             yield path, sides, row, {}, {}
 
 
@@ -456,11 +474,11 @@ def _folder_metadata(fs: Any, root: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _flat_folder(fs: Any, folder: str, deep: bool = False) -> Iterator[tuple[str, tuple[str, ...], int]]:
+def _flat_folder(fs: Any, folder: str, kind: Kind, deep: bool = False) -> Iterator[tuple[str, tuple[str, ...], int]]:
     """The pictures of a folder (`deep`: and below), with the suffixes of the side files of the same stem, and their row."""
     paths = sorted(fs.find(folder) if deep else [e["name"] for e in fs.ls(folder, detail=True) if e["type"] == "file"])
     beside = {p for p in paths if p.lower().endswith(SIDE_SUFFIXES)}
-    for row, path in enumerate(p for p in paths if p.lower().endswith(IMAGE_SUFFIXES)):
+    for row, path in enumerate(p for p in paths if p.lower().endswith(SUFFIXES[kind])):
         stem = posixpath.splitext(path)[0]
         yield path, tuple(s for s in SIDE_SUFFIXES if stem + s in beside), row
 
@@ -480,7 +498,7 @@ def _file_record(
     return record
 
 
-def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
+def _tar(fs: Any, root: str, path: str, kind: Kind) -> Iterator[Record]:
     """Members of one tar, grouped by their key; only headers are parsed, and the bytes of what is needed are read."""
     base = posixpath.dirname(path) if fs.isfile(root) else root
     source = _relative(path, base)
@@ -497,7 +515,7 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
             try:
                 member = archive.next()
             except tarfile.TarError as error:
-                record = _tar_record(file, source, key, group, row)
+                record = _tar_record(file, source, key, group, row, kind)
                 if record is not None:
                     yield record
                     row += 1
@@ -517,7 +535,7 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
             folder, _, last = name.rpartition("/")
             stem = f"{folder}/{last.partition('.')[0]}" if folder else last.partition(".")[0]
             if member is None or stem != key:
-                record = _tar_record(file, source, key, group, row)
+                record = _tar_record(file, source, key, group, row, kind)
                 if record is not None:
                     yield record
                     row += 1
@@ -525,12 +543,14 @@ def _tar(fs: Any, root: str, path: str) -> Iterator[Record]:
             if member is None:
                 break
             suffix = "." + last.partition(".")[2].lower()
-            if member.isreg() and suffix in (*SIDE_SUFFIXES, *IMAGE_SUFFIXES):
+            if member.isreg() and suffix in (*SIDE_SUFFIXES, *SUFFIXES[kind]):
                 group[suffix] = member
 
 
-def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarInfo], row: int) -> Record | None:
-    suffix = next((s for s in IMAGE_SUFFIXES if s in group), None)
+def _tar_record(
+    file: Any, source: str, key: str, group: dict[str, tarfile.TarInfo], row: int, kind: Kind
+) -> Record | None:
+    suffix = next((s for s in SUFFIXES[kind] if s in group), None)
     if suffix is None:
         return None
     picture = group[suffix]
@@ -554,7 +574,7 @@ def _tar_record(file: Any, source: str, key: str, group: dict[str, tarfile.TarIn
     return record
 
 
-def _group_blocks(fs: Any, address: str, path: str, rows: int) -> Iterator[Block]:
+def _group_blocks(fs: Any, address: str, path: str, rows: int, kind: Kind) -> Iterator[Block]:
     """Blocks of whole row groups. A file that cannot be understood is one block, and reading it says what is wrong."""
     try:
         with fs.open(path, "rb") as file:
@@ -568,10 +588,10 @@ def _group_blocks(fs: Any, address: str, path: str, rows: int) -> Iterator[Block
         groups.append(number)
         seen += count
         if seen - first >= rows:
-            yield Block(address, "parquet", path, first, tuple(groups))
+            yield Block(address, "parquet", path, first, tuple(groups), kind)
             groups, first = [], seen
     if groups or not counts:
-        yield Block(address, "parquet", path, first, tuple(groups))
+        yield Block(address, "parquet", path, first, tuple(groups), kind)
 
 
 def _parquet(fs: Any, root: str, block: Block, image_column: str | None, allow_outside: bool) -> Iterator[Record]:
@@ -584,7 +604,7 @@ def _parquet(fs: Any, root: str, block: Block, image_column: str | None, allow_o
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"is not a Parquet file ({error})"[:200], file=path) from error
         schema = parquet.schema_arrow
-        column = _image_column(schema, image_column, path)
+        column = _image_column(schema, image_column, path, block.kind)
         row = block.first
         for number in block.items or range(parquet.num_row_groups):
             size = parquet.metadata.row_group(number).total_byte_size
@@ -598,7 +618,7 @@ def _parquet(fs: Any, root: str, block: Block, image_column: str | None, allow_o
                 rows = ({n: batch.column(n)[i].as_py() for n in batch.schema.names} for i in range(batch.num_rows))
                 for cells in rows:
                     picture = cells.pop(column)
-                    yield _cell_record(fs, base, source, column, picture, cells, row, allow_outside)
+                    yield _cell_record(fs, base, source, column, picture, cells, row, allow_outside, block.kind)
                     row += 1
             except StopIteration:
                 break
@@ -608,12 +628,12 @@ def _parquet(fs: Any, root: str, block: Block, image_column: str | None, allow_o
                 raise DataError(f"is damaged: {error}"[:200], file=path, row=row) from error
 
 
-def _image_column(schema: pa.Schema, wanted: str | None, path: str) -> str:
+def _image_column(schema: pa.Schema, wanted: str | None, path: str, kind: Kind) -> str:
     if wanted is not None:
         if wanted not in schema.names:
             raise DataError(f"has no column {wanted!r}; its columns are {', '.join(schema.names)}", file=path)
         return wanted
-    candidates = [c for c in (*_BYTE_COLUMNS, *_PATH_COLUMNS) if c in schema.names]
+    candidates = [c for c in (*_BYTE_COLUMNS[kind], *_PATH_COLUMNS[kind]) if c in schema.names]
     binary = [
         c
         for c in candidates
@@ -623,13 +643,21 @@ def _image_column(schema: pa.Schema, wanted: str | None, path: str) -> str:
     ]
     if not candidates:
         raise DataError(
-            f"no column with images was found among {', '.join(schema.names)}; name it with --image_column", file=path
+            f"no column with {kind}s was found among {', '.join(schema.names)}; name it with --{kind}_column", file=path
         )
     return (binary or candidates)[0]
 
 
 def _cell_record(
-    fs: Any, base: str, source: str, column: str, picture: Any, fields: dict[str, Any], row: int, allow_outside: bool
+    fs: Any,
+    base: str,
+    source: str,
+    column: str,
+    picture: Any,
+    fields: dict[str, Any],
+    row: int,
+    allow_outside: bool,
+    kind: Kind,
 ) -> Record:
     if isinstance(picture, dict):
         picture = picture.get("bytes") if picture.get("bytes") is not None else picture.get("path")
@@ -637,7 +665,7 @@ def _cell_record(
         return _named_picture(fs, base, picture, fields, row, allow_outside)
     record = Record(f"{source}#{row}", source, "parquet", column, row, fields=fields, row=row)
     if picture is None:
-        record.problem = "no image in this row"
+        record.problem = f"no {kind} in this row"
     else:
         record.data = bytes(picture)
     return record
@@ -704,12 +732,14 @@ def _table(fs: Any, block: Block, image_column: str | None, allow_outside: bool)
     path, base = block.path, posixpath.dirname(block.path)
     for row, found in block.items:
         fields = dict(found)  # a block may be read again
-        column = image_column or next((c for c in _PATH_COLUMNS if c in fields), None)
+        column = image_column or next((c for c in _PATH_COLUMNS[block.kind] if c in fields), None)
         if column is None or column not in fields:
             wanted = f"no column {image_column!r}" if image_column else "no column with paths was found"
             raise DataError(f"{wanted}; its columns are {', '.join(map(str, fields))}", file=path, row=row)
         name = fields.pop(column)
         if not name:
-            yield Record(f"#{row}", _relative(path, base), fields=fields, row=row, problem="no image in this row")
+            yield Record(
+                f"#{row}", _relative(path, base), fields=fields, row=row, problem=f"no {block.kind} in this row"
+            )
         else:
             yield _named_picture(fs, base, str(name), fields, row, allow_outside)

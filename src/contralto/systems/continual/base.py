@@ -63,7 +63,7 @@ class ContinualSystem(EncoderSystem):
         Classes of the current task; those of tasks that have ended.
     """
 
-    needs = ("label",)
+    needs: ClassVar[tuple[str, ...]] = ("label",)
     keeps_all: ClassVar[bool] = False
     """Whether every task is learnt with the samples of all before: no continual learning, but its upper bound."""
     rule: ClassVar[Literal["linear", "cosine"]] = "linear"
