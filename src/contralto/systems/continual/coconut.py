@@ -25,7 +25,7 @@ from contralto.encoders.audio import AudioEncoder, mean_over_time
 from contralto.encoders.seq2seq import SequenceDecoder
 from contralto.errors import UsageError
 from contralto.losses.teacher_student import Source, audio_text, teacher_student
-from contralto.memory.replay import Rule
+from contralto.memory.replay import ReplayMemory, Rule
 from contralto.memory.teacher import Teacher
 from contralto.systems.base import Optimizer
 from contralto.systems.continual.base import ContinualSystem
@@ -49,6 +49,8 @@ class COCONUT(ContinualSystem):
         Size of the vocabulary of texts, with padding, start and end.
     encoder_lr : float, optional
         Rate of the encoder, where it is another one: a smaller one for an encoder that was trained before.
+    fixed_quota : bool
+        Keep ``memory_size // num_classes`` of every class from the first task on; else ``memory_size //`` classes so far.
     dim : int
         Width of the projections.
     temperature : float
@@ -124,6 +126,7 @@ class COCONUT(ContinualSystem):
         decay: float = 0.1,
         memory_size: int = 20,
         memory_rule: Rule = "random",
+        fixed_quota: bool = False,
         replayed: int = 0,
         dim: int = 512,
         temperature: float = 0.1,
@@ -160,6 +163,8 @@ class COCONUT(ContinualSystem):
             extra_epochs=extra_epochs, milestones=milestones, decay=decay, memory_size=memory_size, memory_rule=memory_rule,
             replayed=replayed,
         )  # fmt: skip
+        if self.memory is not None and fixed_quota:
+            self.memory = ReplayMemory(memory_size, rule=memory_rule, num_classes=num_classes, seed=seed)
         if min(nspt_weight, mm_weight, distillation_weight) < 0 or not 0 <= smoothing < 1:
             raise UsageError("weights of losses must be at least 0, and smoothing in [0, 1)")
         for name, value, known in (
