@@ -19,7 +19,7 @@ from contralto.errors import ContraltoError, DataError, UsageError
 
 __all__ = ["main"]
 
-_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "num_samples", "steps_per_epoch", "stage"}
+_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "num_new", "num_samples", "steps_per_epoch", "stage"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,6 +201,14 @@ def evaluate(
     from contralto.pipelines.loading import load
     from contralto.systems.classifier import Classifier
 
+    protocol = _protocol(run)
+    if protocol is not None:
+        result: dict[str, Any] = protocol(
+            run, data, label_column=label_column, image_column=image_column, group_column=group_column, split=split
+        )
+        if show:
+            _print_scores(result)
+        return result
     model = load(run)
     if not isinstance(model, Classifier):
         return _evaluate_encoder(model, data, label_column, image_column, group_column, split, show)
@@ -224,7 +232,7 @@ def evaluate(
     correct = (predicted == labels[rows]).astype(float)
     groups = manifest.column("group")[rows]
     top5 = np.argsort(-predictions.probabilities, axis=1)[:, :5]
-    result: dict[str, Any] = {
+    result = {
         "n": len(rows),
         "split": wanted,
         "top5": float((top5 == labels[rows][:, None]).any(1).mean()),
@@ -241,6 +249,19 @@ def evaluate(
         table.add_row("top 5", _percent(result["top5"]), "")
         _console().print(table)
     return result
+
+
+def _protocol(run: Path) -> Callable[..., dict[str, Any]] | None:
+    """The measurement that belongs to the system of a run, where its job has one of its own."""
+    from contralto.files import naming
+    from contralto.systems.registry import get_job
+
+    if not (run / "config.json").is_file():
+        return None
+    with naming(run / "config.json"):
+        system = json.loads((run / "config.json").read_text(encoding="utf-8")).get("system")
+    job = get_job(system) if system is not None else None
+    return None if job is None or isinstance(job, type) else getattr(job, "evaluate", None)
 
 
 def _evaluate_encoder(
@@ -511,9 +532,12 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     """
     from contralto.data.images import decode_image
     from contralto.data.manifest import Manifest
+    from contralto.review.discovered import is_discovery, write_discovery_report
     from contralto.review.report import write_report
 
-    if (run / "built.json").is_file():
+    if is_discovery(run):
+        target = write_discovery_report(run, out=out)
+    elif (run / "built.json").is_file():
         from contralto.pipelines.embedding import report_encoder
 
         target = report_encoder(run, out=out)
@@ -725,17 +749,21 @@ def _add_job_arguments(sub: Any, system: str, preset: str | None) -> None:
     from contralto.systems.registry import get_job
 
     job = get_job(system)
-    _add_arguments(sub, job.fit, {"data", "out", "progress", "system"})
-    sub.add_class_arguments(job.system, skip=_JOB_OWNED | set(inspect.signature(job.fit).parameters), as_group=False)
+    extended = hasattr(job, "own_parameters")  # arguments of the `fit` that its own one extends
+    parameters = job.own_parameters() if extended else dict(inspect.signature(job.fit).parameters)
+    _add_arguments(sub, job.fit, {"data", "out", "progress", "system"}, parameters)
+    sub.add_class_arguments(job.system, skip=_JOB_OWNED | set(parameters), as_group=False)
     if preset is not None:
         sub.set_defaults(load_preset(preset, system))
 
 
-def _add_arguments(sub: Any, function: Callable[..., Any], skip: set[str]) -> None:
+def _add_arguments(
+    sub: Any, function: Callable[..., Any], skip: set[str], parameters: dict[str, inspect.Parameter] | None = None
+) -> None:
     """The parameters of a function; switches are `--name` and `--no_name`."""
     from jsonargparse import ActionYesNo
 
-    parameters = inspect.signature(function).parameters
+    parameters = parameters or dict(inspect.signature(function).parameters)
     switches = {n: p.default for n, p in parameters.items() if p.annotation is bool and n not in skip}
     how: dict[str, Any] = {"skip": skip | set(switches), "as_group": False, "as_positional": True}
     if inspect.ismethod(function):
@@ -780,6 +808,9 @@ def _summary(run: Path) -> dict[str, Any]:
 def _print_summary(result: dict[str, Any], seconds: float) -> None:
     from contralto.systems.registry import SYSTEMS
 
+    if "scores" in result:
+        _print_scores(result, seconds)
+        return
     if "counts" not in result:
         _print_encoder(result, seconds)
         return
@@ -817,6 +848,23 @@ def _print_summary(result: dict[str, Any], seconds: float) -> None:
     console.print(
         f"report: {result['report']}  ({seconds:.0f} s, {result['memory_gib']} GiB)", highlight=False, soft_wrap=True
     )
+
+
+def _print_scores(result: dict[str, Any], seconds: float | None = None) -> None:
+    """Scores with their intervals, and of a run its files."""
+    table = _table("", "value", "95 % interval")
+    for name, score in result["scores"].items():
+        told = _percent if score.get("percent") else _number
+        between = f"{told(score['low'])} to {told(score['high'])}" if score.get("low") is not None else ""
+        table.add_row(name, told(score["value"]), between)
+    console = _console()
+    console.print(table)
+    if seconds is None:
+        return
+    for name, path in result.get("files", {}).items():
+        console.print(f"{name}: {result['run']}/{path}", highlight=False, soft_wrap=True)
+    report = f"report: {result['report']}" if result["report"] else f"run: {result['run']}"
+    console.print(f"{report}  ({seconds:.0f} s)", highlight=False, soft_wrap=True)
 
 
 def _print_encoder(result: dict[str, Any], seconds: float) -> None:
@@ -861,6 +909,10 @@ def _table(*columns: str) -> Any:
 
 def _percent(x: float | None) -> str:
     return "-" if x is None else f"{100 * x:.1f} %"
+
+
+def _number(x: float | None) -> str:
+    return "-" if x is None else f"{x:.4g}"
 
 
 def _points(x: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import contralto
+from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
 from contralto.systems.classifier import Classifier
 
@@ -44,6 +45,29 @@ def test_all_kinds_of_pictures_give_one_answer(saved, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(model.embed([data]), axis=1), 1, rtol=1e-5)
     assert model.predict([]) == []
     assert model.embed([]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("rule", ["linear", "cosine", "distance"])
+def test_rules_score_features_as_they_say_and_survive_saving(rule, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    weight, features = torch.randn(3, 128, generator=generator), torch.randn(5, 128, generator=generator)
+    encoder = image_encoder("resnet8")
+    model = Classifier.of(encoder, "resnet8", ["a", "b", "c"], weight, rule=rule, temperature=0.5)
+    for i in range(5):
+        for c in range(3):
+            f, w = features[i].double(), weight[c].double()
+            want = {
+                "linear": f @ w,
+                "cosine": f @ w / f.norm() / w.norm() / 0.5,
+                "distance": -((f - w) ** 2).sum() / 0.5,
+            }
+            torch.testing.assert_close(model.logits(features)[i, c].double(), want[rule], rtol=1e-4, atol=1e-4)
+    model.save(tmp_path / "model", "card")
+    again, pictures = contralto.load(tmp_path), [picture((200, 30, 40), 0)]
+    np.testing.assert_array_equal(again.predict(pictures).probabilities, model.predict(pictures).probabilities)
+    np.testing.assert_array_equal(again.embed(pictures), model.embed(pictures))
+    assert again.embed(pictures).shape == (1, 128)
+    assert again.embed([]).shape == (0, 128)
 
 
 def test_bad_pictures_and_folders_are_named(saved, tmp_path):

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from contralto.errors import UsageError
 
-__all__ = ["HeadKind", "Normalize", "Relation", "Reweight", "SymmetricReLU", "identity_mlp", "mlp", "projection_head"]
+__all__ = [
+    "HeadKind", "Normalize", "Relation", "Reweight", "SymmetricReLU", "dino_head", "identity_mlp", "mlp", "projection_head",
+]  # fmt: skip
 
 HeadKind = Literal["none", "mlp", "mlp3", "identity_init", "fixed"]
 
@@ -200,6 +202,38 @@ def identity_mlp(dim: int) -> nn.Sequential:
     for layer in layers[::2]:
         nn.init.eye_(layer.weight)
         nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+def dino_head(dim: int, hidden: int = 2048, out: int = 256, *, last: int = 0) -> nn.Sequential:
+    """DINO's head (Caron et al. 2021): three linear layers with GELU between them, weights drawn with deviation 0.02.
+
+    Parameters
+    ----------
+    dim, hidden, out : int
+        Widths of input, of the two layers in between, and of the third.
+    last : int
+        Width of a further layer without bias, on unit rows and with weight rows of length one: its outputs are cosines. 0 = none.
+
+    Examples
+    --------
+    >>> dino_head(8, 16, 4)(torch.zeros(2, 8)).shape, dino_head(8, 16, 4, last=6)(torch.randn(2, 8)).abs().max() <= 1
+    (torch.Size([2, 4]), tensor(True))
+    """
+    layers: list[nn.Module] = [
+        nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, out),
+    ]  # fmt: skip
+    for layer in layers[::2]:
+        assert isinstance(layer, nn.Linear)
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    if last:
+        unit = nn.utils.parametrizations.weight_norm(nn.Linear(out, last, bias=False))
+        gain = unit.parametrizations["weight"].original0
+        assert isinstance(gain, nn.Parameter)
+        nn.init.ones_(gain)
+        gain.requires_grad_(False)
+        layers += [Normalize(), unit]
     return nn.Sequential(*layers)
 
 

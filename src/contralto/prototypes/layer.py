@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PrototypeLayer"]
+__all__ = ["CosineLayer", "PrototypeLayer"]
 
 
 class PrototypeLayer(nn.Module):
@@ -43,3 +43,33 @@ class PrototypeLayer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Embeddings (..., D) to scores (..., K)."""
         return z @ self.weight.T
+
+
+class CosineLayer(nn.Module):
+    """Cosines to K learnt prototypes, whatever the lengths of rows and weights: weight normalisation with a gain of one.
+
+    The length of a weight row changes no score; it only grows or shrinks under the optimiser, and is never reset.
+
+    Parameters
+    ----------
+    dim, count : int
+        D and K.
+
+    Examples
+    --------
+    >>> layer = CosineLayer(4, 10)
+    >>> layer(torch.randn(3, 4)).abs().amax() <= 1.000001
+    tensor(True)
+    """
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach().clone())
+
+    def unit(self) -> Tensor:
+        """The prototypes (K, D), rows of length one; they carry gradient."""
+        return F.normalize(self.weight, dim=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Embeddings (..., D) to cosines (..., K)."""
+        return F.normalize(z, dim=-1) @ self.unit().T

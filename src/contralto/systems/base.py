@@ -55,11 +55,14 @@ class EncoderSystem(LightningModule):
     ----------
     needs : tuple of str
         Fields that a batch must have beside `views` and `index`.
+    spares_flat : bool
+        Whether tensors of one dimension take no weight decay whatever the optimiser; a class says so.
     done : int
         Optimiser steps so far.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    spares_flat: ClassVar[bool] = False
     steps: Tensor
 
     def __init__(
@@ -205,11 +208,11 @@ class EncoderSystem(LightningModule):
     def optimizers_and_schedules(self) -> tuple[list[torch.optim.Optimizer], list[Any]]:
         """The optimiser and its schedule, to be stepped after every optimiser step."""
         learnt = [p for p in self.parameters() if p.requires_grad]
-        flat = [p for p in learnt if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": learnt}]
-        if self.optimizer == "lars":
-            full = [p for p in learnt if p.ndim > 1]
-            groups = [{"params": full}, {"params": flat, "weight_decay": 0.0, "adapt": False}]
+        if self.optimizer == "lars" or self.spares_flat:
+            full, flat = [p for p in learnt if p.ndim > 1], [p for p in learnt if p.ndim <= 1]
+            spared: dict[str, Any] = {"params": flat, "weight_decay": 0.0}
+            groups = [{"params": full}, spared | ({"adapt": False} if self.optimizer == "lars" else {})]
         groups = [g for g in groups if g["params"]]
         rate: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         optimizer: torch.optim.Optimizer

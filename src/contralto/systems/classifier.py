@@ -6,23 +6,26 @@ A model folder holds `config.json` (JSON), `model.safetensors` and a model card 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from contralto.data.images import decode_image
+from contralto.data.names import called, read_names
 from contralto.encoders.heads import mlp
-from contralto.encoders.image import image_encoder
+from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.errors import DataError, UsageError
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.views.image import EvalView
 
-__all__ = ["UNKNOWN", "Classifier", "Predictions", "as_tensor", "load"]
+__all__ = ["UNKNOWN", "Classifier", "Predictions", "Rule", "as_tensor", "load"]
 
 Pictures = Sequence[Any]
+Rule = Literal["linear", "cosine", "distance"]
 UNKNOWN = "unknown"
 """What is said of a picture whose surest class is not sure enough."""
 MAX_SIZE = 2**20
@@ -38,13 +41,20 @@ class Predictions(list[Any]):
 
 
 class Classifier(nn.Module):
-    """Encoder, linear classifier, projector and prototypes of a finished run.
+    """Encoder and classes of a finished run; of a webly one, also projector and prototypes.
+
+    What a class scores on features f (N, D), by its row w of the classifier's weight and the temperature T::
+
+        rule "linear"      w . f
+        rule "cosine"      cos(w, f) / T           w is a direction
+        rule "distance"    -|w - f|^2 / T          w is a centre
 
     Parameters
     ----------
     config : dict
-        As in `config.json`: `encoder` (name), `num_features`, `size`, `crop`, `mean`, `std`, `classes`, `hidden`, `dim`,
-        `temperature`, and `multilabel` where every class is a yes or no of its own.
+        As in `config.json`: `encoder` (name), `num_features`, `size`, `crop`, `mean`, `std`, `classes`, `hidden`, `dim` (of the
+        projector; 0 = none), `temperature`, `rule` ("linear" if missing), and `multilabel` where every class is a yes or no of
+        its own.
     encoder : nn.Module, optional
         The image encoder; built from its name without weights if not given.
 
@@ -69,15 +79,78 @@ class Classifier(nn.Module):
         )
         self.classifier = nn.Linear(config["num_features"], len(self.classes), bias=False)
         hidden = [config["hidden"]] if config["hidden"] else []
-        self.projector = mlp([config["num_features"], *hidden, config["dim"]], normalize=True)
+        widths = [config["num_features"], *hidden, config["dim"]]
+        self.projector: nn.Module = mlp(widths, normalize=True) if config["dim"] else nn.Identity()
+        self.rule: Rule = config.get("rule", "linear")
         self.multilabel = bool(config.get("multilabel", False))
         sides = (2,) if self.multilabel else ()
         self.register_buffer("prototypes", torch.zeros(len(self.classes), *sides, config["dim"]))
         self.view = EvalView(config["size"], config["crop"], tuple(config["mean"]), tuple(config["std"]))
 
+    @classmethod
+    def of(
+        cls,
+        encoder: ImageEncoder,
+        name: str,
+        classes: Sequence[str],
+        weight: Tensor,
+        *,
+        rule: Rule = "linear",
+        temperature: float = 1.0,
+        crop: float = 0.875,
+    ) -> "Classifier":
+        """A classifier on the features of an encoder.
+
+        Parameters
+        ----------
+        encoder : ImageEncoder
+        name : str
+            By which `image_encoder` builds it.
+        classes : sequence of str
+        weight : Tensor (C, D)
+        rule : {"linear", "cosine", "distance"}
+        temperature : float
+        crop : float
+            Share of a picture's sides that is looked at.
+
+        Returns
+        -------
+        Classifier
+            In evaluation mode.
+
+        Examples
+        --------
+        >>> encoder = image_encoder("resnet8")
+        >>> Classifier.of(encoder, "resnet8", ["cat", "dog"], torch.randn(2, 128), rule="cosine", temperature=0.1).classes
+        ['cat', 'dog']
+        """
+        config = {
+            "encoder": name, "num_features": encoder.num_features, "size": encoder.size, "crop": crop,
+            "mean": list(encoder.mean), "std": list(encoder.std), "classes": list(classes), "hidden": 0, "dim": 0,
+            "temperature": temperature, "rule": rule,
+        }  # fmt: skip
+        model = cls(config, encoder)
+        with torch.no_grad():
+            model.classifier.weight.copy_(weight)
+        return model.eval()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What every class scores on features (N, D), (N, C)."""
+        w: Tensor = self.classifier.weight
+        scores: Tensor
+        if self.rule == "cosine":
+            scores = F.normalize(features, dim=1) @ F.normalize(w, dim=1).T / self.config["temperature"]
+            return scores
+        if self.rule == "distance":
+            squares = features.square().sum(1, keepdim=True) - 2 * features @ w.T + w.square().sum(1)
+            scores = -squares / self.config["temperature"]
+            return scores
+        scores = self.classifier(features)
+        return scores
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (N, 3, S, S) to class probabilities (N, C)."""
-        logits = self.classifier(self.encoder(pixels))
+        logits = self.logits(self.encoder(pixels))
         probabilities: Tensor = logits.sigmoid() if self.multilabel else logits.softmax(1)
         return probabilities
 
@@ -120,10 +193,11 @@ class Classifier(nn.Module):
         return Predictions([self.classes[i] if p > threshold or threshold == 0 else UNKNOWN for i, p in answers], found)
 
     def embed(self, pictures: Pictures, *, batch_size: int = 64) -> npt.NDArray[np.float32]:
-        """Unit embeddings (N, dim) in the space of the prototypes."""
+        """Unit embeddings (N, dim) in the space of the prototypes; without a projector, the raw features (N, D)."""
         with torch.inference_mode():
             parts = [self.projector(self.encoder(x)) for x in self._batches(pictures, batch_size)]
-        return (torch.cat(parts) if parts else torch.zeros(0, self.config["dim"])).cpu().numpy()
+        width = self.config["dim"] or self.config["num_features"]
+        return (torch.cat(parts) if parts else torch.zeros(0, width)).cpu().numpy()
 
     def export(self, path: str | Path) -> Path:
         """Write a `torch.export` program (pixels (N, 3, S, S) to probabilities), with any batch size.
@@ -202,6 +276,8 @@ def load(folder: str | Path, *, device: str = "cpu") -> Classifier:
         _check_config(config)
         model = Classifier(config)
     load_weights(model, folder / "model.safetensors")
+    if folder.name == "model":  # what people call classes that were found stands beside it
+        model.classes = called(model.classes, read_names(folder.parent))
     return model.eval().to(device)
 
 
@@ -211,10 +287,13 @@ def _check_config(config: dict[str, Any]) -> None:
     def number(value: Any, low: float, high: float) -> bool:
         return type(value) in (int, float) and low < value <= high  # NaN is neither
 
-    sizes = [config[k] for k in ("num_features", "size", "dim")]
+    sizes = [config[k] for k in ("num_features", "size")]
     right = {
         "sizes": all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes),
         "hidden": type(config["hidden"]) is int and 0 <= config["hidden"] <= MAX_SIZE,
+        "dim": type(config["dim"]) is int and 0 <= config["dim"] <= MAX_SIZE,
+        "temperature": number(config["temperature"], 0, 1e6),
+        "rule": config.get("rule", "linear") in ("linear", "cosine", "distance"),
         "crop": number(config["crop"], 0.05, 1),
         "mean": len(config["mean"]) == 3 and all(number(x, -1000, 1000) for x in config["mean"]),
         "std": len(config["std"]) == 3 and all(number(x, 0, 1000) for x in config["std"]),

@@ -26,6 +26,7 @@ from contralto.errors import UsageError
 from contralto.losses.sinkhorn import sinkhorn
 from contralto.losses.swapped import swapped_prediction
 from contralto.memory.past import PastViews
+from contralto.prototypes.bank import assign
 from contralto.prototypes.layer import PrototypeLayer
 from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
@@ -189,9 +190,7 @@ class SwAV(EncoderSystem):
     @torch.no_grad()
     def assign(self, x: Tensor) -> Tensor:
         """The prototype (N,) that is nearest to each sample; call it in evaluation mode."""
-        z = self.projector(self.encoder(x))
-        nearest: Tensor = (z @ F.normalize(self._layers[0].weight, dim=1).T).argmax(1)
-        return nearest
+        return assign(self.projector(self.encoder(x)), self._layers[0].weight)[0]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the prototypes as they are, to begin with."""

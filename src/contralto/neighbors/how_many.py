@@ -1,0 +1,261 @@
+"""How many classes there are, if some rows of some classes are labelled: two ways, each with its uncertainty.
+
+*search*, the usual baseline of category discovery: half of the labelled classes lose their labels, rows are clustered into K
+clusters with the labels that are left, and K is the one that recovers the hidden classes best (Brent's bounded search).
+*split*: a Gaussian mixture with splits and merges (GPC), from several beginnings; its prior is the variance within the labelled
+classes. Either is repeated on rows drawn with replacement, which gives the interval.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import linear_sum_assignment, minimize_scalar
+
+from contralto.errors import UsageError
+from contralto.neighbors.kmeans import cluster_sums, rows_of, semi_supervised_kmeans
+from contralto.prototypes.gaussian import Prior, niw_prior, split_and_merge
+
+__all__ = ["Estimate", "estimate_number", "rounds_of_splits", "within_variance"]
+
+Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number of classes, all of them: labelled and not.
+
+    Attributes
+    ----------
+    number : int
+        Median of the repetitions.
+    low, high : int
+        Percentiles 2.5 and 97.5 of the repetitions.
+    tried : dict of int to float
+        What speaks for each number that was tried: the mean accuracy on hidden classes (search), or the share of the
+        repetitions that ended there (split).
+    """
+
+    number: int
+    low: int
+    high: int
+    tried: dict[int, float]
+
+
+def estimate_number(
+    features: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    *,
+    low: int | None = None,
+    high: int | None = None,
+    seed: int = 0,
+    restarts: int = 3,
+    repeats: int = 10,
+    method: Literal["search", "split"] = "search",
+    max_rows: int = 5000,
+    normalize: bool = True,
+) -> Estimate:
+    """Estimate how many classes there are among rows of which some are labelled.
+
+    Parameters
+    ----------
+    features : array (N, D)
+    labels : array (N,)
+        Class of every row, -1 = unknown. "search" takes at least four classes.
+    low, high : int, optional
+        Bounds of the number; default: the number of labelled classes C, and 3 C + 20.
+    seed : int
+    restarts : int
+        Of every k-means.
+    repeats : int
+        Drawings of rows, from which the interval comes.
+    method : {"search", "split"}
+    max_rows : int
+        Rows of a drawing.
+    normalize : bool
+        Scale rows to length one first.
+
+    Returns
+    -------
+    Estimate
+
+    Raises
+    ------
+    UsageError
+        If an argument does not fit, or too few classes are labelled.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> truth = rng.integers(6, size=300)
+    >>> x = 5 * np.eye(6)[truth] + 0.3 * rng.normal(size=(300, 6))
+    >>> labels = np.where((truth < 4) & (rng.random(300) < 0.5), truth, -1)
+    >>> estimate_number(x, labels, method="split", repeats=3).number
+    6
+    """
+    data, given = rows_of(features, normalize), np.asarray(labels)
+    if given.shape != (len(data),) or given.dtype.kind not in "iu":
+        raise UsageError(f"labels must be {len(data)} integers, -1 = unknown; got {given.dtype} of shape {given.shape}")
+    if min(restarts, repeats, max_rows) < 1:
+        raise UsageError(f"restarts, repeats and max_rows must be at least 1, got {restarts}, {repeats} and {max_rows}")
+    classes = len(np.unique(given[given >= 0]))
+    needed = {"search": 4, "split": 1}
+    if method not in needed:
+        raise UsageError(f"method must be search or split, got {method!r}")
+    if classes < needed[method]:
+        raise UsageError(f"method={method!r} needs at least {needed[method]} labelled classes, got {classes}")
+    low = classes if low is None else low
+    high = 3 * classes + 20 if high is None else high
+    if not classes <= low <= high:
+        raise UsageError(f"low must be at least the number of labelled classes, {classes}, and high at least low")
+    found, scores = [], []
+    for repeat in range(repeats):
+        rng = np.random.default_rng([seed, repeat])
+        rows = _drawn(given, max_rows, rng)
+        bounds = low, min(high, len(np.unique(rows)))
+        if method == "search":
+            number, tried = _search(data[rows], given[rows], *bounds, restarts, rng)
+        else:
+            number, tried = _split(data[rows], given[rows], *bounds, restarts, rng)
+        found.append(number)
+        scores.append(tried)
+    mean = {k: float(np.mean([s[k] for s in scores if k in s])) for k in sorted({k for s in scores for k in s})}
+    if method == "split":
+        mean = {k: sum(s.get(k, 0.0) for s in scores) / repeats for k in mean}
+    lower, middle, upper = np.percentile(found, [2.5, 50, 97.5])
+    return Estimate(round(middle), int(np.floor(lower)), int(np.ceil(upper)), mean)
+
+
+def rounds_of_splits(
+    features: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    start: int,
+    *,
+    prior: Prior | None = None,
+    rounds: int = 20,
+    coin: float = 0.0,
+    alpha: float = 1.0,
+    smallest: int = 5,
+    seed: int = 0,
+    restarts: int = 3,
+    normalize: bool = True,
+) -> list[int]:
+    """Number of clusters after every round of k-means, splits and merges, until it stays or has been there before.
+
+    Parameters
+    ----------
+    features : array (N, D)
+    labels : array (N,)
+        Class of every row, -1 = unknown.
+    start : int
+        Clusters to begin with.
+    prior : Prior, optional
+        Default: that around the mean of all rows, with `within_variance` as Psi.
+    rounds : int
+        At most.
+    coin, alpha, smallest
+        See `contralto.prototypes.gaussian.split_and_merge`.
+    seed, restarts, normalize
+        As in `semi_supervised_kmeans`.
+
+    Returns
+    -------
+    list of int
+        The first is `start`, the last the number that was found.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> x = 5 * np.eye(6)[np.arange(300) % 6] + 0.3 * rng.normal(size=(300, 6))
+    >>> rounds_of_splits(x, np.where(np.arange(300) % 6 < 3, np.arange(300) % 6, -1), 10)[-1]
+    6
+    """
+    data, given = rows_of(features, normalize), np.asarray(labels)
+    known = given >= 0
+    fixed = np.full(len(given), -1, np.int64)
+    fixed[known] = np.unique(given[known], return_inverse=True)[1]
+    x = torch.from_numpy(data)
+    prior = niw_prior(x, psi=within_variance(data, given)) if prior is None else prior
+    generator = torch.Generator().manual_seed(seed)
+    numbers = [start]
+    for turn in range(rounds):
+        found = semi_supervised_kmeans(data, fixed, numbers[-1], seed=seed + turn, restarts=restarts, normalize=False)
+        after = split_and_merge(
+            x, torch.from_numpy(found.labels), numbers[-1], prior, generator=generator, fixed=torch.from_numpy(fixed),
+            coin=coin, alpha=alpha, smallest=smallest,
+        )  # fmt: skip
+        numbers.append(len(after.centres))
+        if not after.splits and not after.merges:
+            break
+    return numbers
+
+
+def within_variance(features: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Mean variance of a feature within the labelled classes, what `niw_prior` takes as Psi.
+
+    Examples
+    --------
+    >>> within_variance([[0.0], [2.0], [5.0]], [0, 0, -1])
+    1.0
+    """
+    data, given = np.asarray(features, np.float32), np.asarray(labels)
+    data, given = data[given >= 0], given[given >= 0]
+    if not len(data):
+        raise UsageError("no row is labelled, so the variance within classes is not known: say psi")
+    of_class = np.unique(given, return_inverse=True)[1]
+    k = int(of_class.max()) + 1
+    mean = cluster_sums(data, of_class, k) / np.bincount(of_class, minlength=k)[:, None]
+    variance = float(((data - mean[of_class]) ** 2).mean())
+    return max(variance, 1e-8)
+
+
+def _drawn(labels: Labels, max_rows: int, rng: np.random.Generator) -> Labels:
+    """Rows with replacement, so that every labelled class has one."""
+    n = len(labels)
+    rows = rng.integers(n, size=min(n, max_rows))
+    missing = np.setdiff1d(labels[labels >= 0], labels[rows])
+    extra = [rng.choice(np.flatnonzero(labels == c)) for c in missing]
+    return np.concatenate([rows, np.asarray(extra, np.int64)])
+
+
+def _search(
+    data: Array, labels: Labels, low: int, high: int, restarts: int, rng: np.random.Generator
+) -> tuple[int, dict[int, float]]:
+    """The number of clusters that recovers hidden classes best, and the accuracy of all that were tried."""
+    classes = rng.permutation(np.unique(labels[labels >= 0]))
+    hidden = np.isin(labels, classes[len(classes) // 2 :])
+    shown = np.where(hidden, -1, labels)
+    seed, tried = int(rng.integers(2**31)), {}
+
+    def wrong(number: float) -> float:
+        k = round(number)
+        if k not in tried:
+            found = semi_supervised_kmeans(data, shown, k, seed=seed, restarts=restarts, normalize=False)
+            tried[k] = _accuracy(labels[hidden], found.labels[hidden])
+        return -tried[k]
+
+    minimize_scalar(wrong, bounds=(low, high), method="bounded", options={"xatol": 0.5, "maxiter": 20})
+    best = max(tried.values())
+    return min(k for k, v in tried.items() if v == best), tried
+
+
+def _split(
+    data: Array, labels: Labels, low: int, high: int, restarts: int, rng: np.random.Generator
+) -> tuple[int, dict[int, float]]:
+    start, seed = int(rng.integers(low, high + 1)), int(rng.integers(2**31))
+    number = min(
+        max(rounds_of_splits(data, labels, start, seed=seed, restarts=restarts, normalize=False)[-1], low), high
+    )
+    return number, {number: 1.0}
+
+
+def _accuracy(truth: Labels, found: Labels) -> float:
+    """Share of rows that are right under the best matching of clusters to classes."""
+    _, a = np.unique(truth, return_inverse=True)
+    _, b = np.unique(found, return_inverse=True)
+    table = np.zeros((a.max() + 1, b.max() + 1), np.int64)
+    np.add.at(table, (a, b), 1)
+    return float(table[linear_sum_assignment(table, maximize=True)].sum() / len(truth))

@@ -1,0 +1,1 @@
+"""Systems that find classes of which nobody has labelled a sample (generalised category discovery)."""

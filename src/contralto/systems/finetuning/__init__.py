@@ -1,0 +1,1 @@
+"""Systems that turn a pretrained encoder into a classifier."""
