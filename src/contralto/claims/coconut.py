@@ -2,15 +2,16 @@
 
     contralto reproduce coconut
 
-Recordings of ten words by six speakers (8 kHz), 100 of every word to learn from, drawn by the seed, and the 300 of the official
-test; log-mel spectrograms of 40 bands, every 10 ms. The words come in five tasks of two, in an order drawn by the seed; the memory
-keeps two recordings of every word. Two convolutions and a GRU in both directions (64 wide) read, a transformer decoder of one
-layer (64 wide, 4 heads) writes the word letter by letter; projections of 64. AdamW at 1e-3, 20 epochs a task and 40 in the first,
-32 new recordings and 6 of the memory in every batch; moves by one frame and noise; temperature 0.1 and weights of 0.1.
+Recordings of ten words by six speakers (8 kHz, the first second), 100 of every word to learn from, drawn by the seed, and the
+300 of the official test; log-mel spectrograms of 40 bands, every 10 ms. The words come in five tasks of two, in an order drawn by
+the seed; the memory keeps two recordings of every word, drawn at random. Two convolutions and a GRU in both directions (64 wide)
+read, a transformer decoder of one layer (64 wide, 4 heads) writes the word letter by letter; projections of 64. AdamW at 1e-3,
+20 epochs a task and 40 in the first, 32 new recordings and 6 of the memory in every batch; moves by one frame and noise;
+temperature 0.1 and weights of 0.1.
 
 All arms of a seed see the same recordings, words in the same order, batches, views and first weights. A word counts when it is
-written without a mistake, greedily. Measures: *last*, over all words after the last task; *average*, the mean over tasks of what is
-right of all words so far.
+written without a mistake, greedily. Measures: *last*, over all words after the last task; *average*, the mean over tasks of what
+is right of all words so far.
 """
 
 import os
@@ -26,7 +27,7 @@ from contralto.claims.arms import made_once
 from contralto.claims.digits import pretrain
 from contralto.data.sounds import Ragged, SoundDataset, Sounds, load_sounds, read_sounds
 from contralto.data.tasks import Task, TaskSampler, split_by_class, task_of_samples
-from contralto.data.texts import Characters
+from contralto.data.texts import Characters, Vocabulary
 from contralto.encoders.audio import ConvGRUEncoder
 from contralto.errors import DataError
 from contralto.systems.continual.coconut import COCONUT
@@ -50,7 +51,7 @@ def spoken_digits(work: Path) -> Sounds:
         raise DataError("spoken_digits was not found: set CONTRALTO_DATA to the folder that holds it")
 
     def make(folder: Path) -> None:
-        sounds = read_sounds(str(found), folder / "sounds", rate=RATE)
+        sounds = read_sounds(str(found), folder / "sounds", rate=RATE, seconds=1.0)
         spectrograms(sounds, LogMel(RATE, MELS), folder / "spectrograms.npy")
 
     return load_sounds(made_once(work / "spoken_digits", make) / "sounds")
@@ -122,7 +123,7 @@ def learn(
 
 
 @torch.inference_mode()
-def _written(system: COCONUT, frames: Ragged, rows: npt.NDArray[np.int64], names: Characters, device: str) -> list[str]:
+def _written(system: COCONUT, frames: Ragged, rows: npt.NDArray[np.int64], names: Vocabulary, device: str) -> list[str]:
     """What the system writes for some recordings."""
     x, lengths = frames.take(rows)
     texts = system.write(torch.from_numpy(x).to(device), torch.from_numpy(lengths).to(device))

@@ -183,7 +183,7 @@ def spectrograms(sounds: Sounds, form: LogMel, cache: str | Path | None = None, 
     """
     if form.rate != sounds.rate:
         raise UsageError(f"the recordings have {sounds.rate} samples a second, the spectrograms are for {form.rate}")
-    length = form.lengths(torch.from_numpy(sounds.column("samples"))).numpy()
+    length = form.lengths(torch.from_numpy(sounds.column("samples").copy())).numpy()
     start = length.cumsum() - length
     shape = (int(length.sum()), form.mels)
     if cache is None:

@@ -24,6 +24,7 @@ from contralto.distributed import gather_rows, mean_weight
 from contralto.encoders.audio import AudioEncoder, mean_over_time
 from contralto.encoders.seq2seq import SequenceDecoder
 from contralto.errors import UsageError
+from contralto.losses.distillation import feature_distance, soft_targets
 from contralto.losses.teacher_student import Source, audio_text, teacher_student
 from contralto.memory.replay import ReplayMemory, Rule
 from contralto.memory.teacher import Teacher
@@ -280,17 +281,14 @@ class COCONUT(ContinualSystem):
         if not len(theirs):
             return {"distilled": ours.sum() * mean_weight(torch.tensor(0, device=ours.device))}
         if self.distillation == "features":
-            there = frames_there(frames, ours.shape[1]).unsqueeze(2)
-            width = min(ours.shape[1], theirs.shape[1])
-            difference = ((ours[:, :width] - theirs[:, :width]).square() * there[:, :width]).sum()
-            count = frames.sum() * ours.shape[2]
-            return {"distilled": difference / count.clamp_min(1) * mean_weight(count)}
-        right = text[replayed]
-        there = right != PAD
-        target = self.teacher("decoder", theirs, long, right).softmax(2)
-        log = self.decoder(ours, frames, right).log_softmax(2)
-        divergence = F.kl_div(log, target, reduction="none").sum(2)
-        return {"distilled": (divergence * there).sum() / there.sum().clamp_min(1) * mean_weight(there.sum())}
+            there = frames_there(frames, theirs.shape[1])
+            loss = feature_distance(ours[:, : theirs.shape[1]], theirs, mask=there)
+        else:
+            right = text[replayed]
+            there = right != PAD
+            said = self.teacher("decoder", theirs, long, right)
+            loss = soft_targets(self.decoder(ours, frames, right), said, mask=there)
+        return {"distilled": loss * mean_weight(there.sum())}
 
     def end_task(
         self, index: Tensor | None = None, labels: Tensor | None = None, features: Tensor | None = None
