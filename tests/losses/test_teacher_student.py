@@ -1,16 +1,16 @@
 """The losses of COCONUT against their equations written out, their invariants, and two processes against one."""
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
 from contralto.losses.pairs import clip, sup_con
 from contralto.losses.teacher_student import audio_text, teacher_student
+
+from tests.systems.selfsup.steps import on_two_ranks
+
+pytestmark = pytest.mark.xdist_group("teacher ranks")  # two processes are started once
 
 N, D, T = 9, 5, 0.3
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 3, 3, 3])
@@ -58,7 +58,7 @@ def test_values_and_gradients_are_those_of_the_equation(design, itself, negative
 def test_with_the_student_as_its_teacher_it_is_supervised_contrast_of_the_anchors():
     a = rows(0)
     every = sup_con(a, LABELS, temperature=T, reduction="none")
-    counted = ANCHORS & torch.tensor([int((LABELS == y).sum()) > 1 for y in LABELS])
+    counted = ANCHORS & torch.tensor([int((y == LABELS).sum()) > 1 for y in LABELS])
     expected = every[counted].mean()
     found = teacher_student(a, a, LABELS, ANCHORS, temperature=T, include_self_positive=False)
     assert torch.allclose(found, expected, rtol=1e-12)
@@ -166,21 +166,13 @@ def value(case, rank=0, world=1):
     return loss.detach(), w.grad
 
 
-def worker(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    torch.save({case: value(case, rank, 2) for case in CASES}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def values(rank, world):
+    return {case: value(case, rank, world) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(values, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
