@@ -104,7 +104,9 @@ def run(
     if arm.get("pretrained", True):
         made = made_once(
             work / f"seed{seed}",
-            lambda folder: save_weights(pretrained_encoder(seed, budget, device=device), folder / "encoder.safetensors"),
+            lambda folder: save_weights(
+                pretrained_encoder(seed, budget, device=device), folder / "encoder.safetensors"
+            ),
         )
         load_weights(encoder, made / "encoder.safetensors")
     if progress is not None:
