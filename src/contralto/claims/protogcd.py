@@ -124,7 +124,7 @@ def run(
     -------
     dict
         Of the unlabelled digits: `right` (N,), which lie in the cluster of their class after one matching of all, and `apart`
-        (N,) after one of old and one of new classes; `old` and `new` (N,), which digits these are; `labels` (N,). `in use`:
+        (N,) after one of old and one of new classes; `old` and `new` (N,), which digits these are; `labels` (N,). `in_use`:
         clusters that hold at least a fifth of an even share of all digits.
 
     Examples
@@ -153,5 +153,5 @@ def run(
     share = np.bincount(found, minlength=CLASSES) / len(found)
     return {
         "right": right_clusters(y, c, range(OLD)), "apart": right_clusters(y, c, range(OLD), protocol="apart"),
-        "old": y < OLD, "new": y >= OLD, "labels": y, "in use": int((share >= 0.2 / CLASSES).sum()),
+        "old": y < OLD, "new": y >= OLD, "labels": y, "in_use": int((share >= 0.2 / CLASSES).sum()),
     }  # fmt: skip
