@@ -33,6 +33,7 @@ __all__ = [
     "concatenate",
     "freeze",
     "image_encoder",
+    "learn_last_blocks",
     "save_encoder",
     "unfreeze",
 ]
@@ -398,6 +399,41 @@ def unfreeze(module: nn.Module) -> None:
         part.__dict__.pop("train", None)
     module.requires_grad_(True)
     module.train()
+
+
+def learn_last_blocks(module: nn.Module, count: int) -> None:
+    """Let only the last blocks of a transformer learn, as where a pretrained one is adapted with few samples.
+
+    Parameters
+    ----------
+    module : nn.Module
+        With a list of blocks in it, as vision transformers of timm and open_clip have.
+    count : int
+        Blocks that learn; what stands after them, such as the last norm, does not.
+
+    Raises
+    ------
+    UsageError
+        If there is no such list, or it is shorter.
+
+    Examples
+    --------
+    >>> encoder = image_encoder("vit_tiny_patch16_224", pretrained=False)
+    >>> learn_last_blocks(encoder, 1)
+    >>> sorted({".".join(name.split(".")[:3]) for name, p in encoder.named_parameters() if p.requires_grad})
+    ['backbone.blocks.11']
+    """
+    lists = (nn.ModuleList, nn.Sequential)
+    named = {name.rpartition(".")[2]: part for name, part in module.named_modules() if isinstance(part, lists)}
+    blocks = named.get("blocks", named.get("resblocks"))
+    if not isinstance(blocks, lists) or not 1 <= count <= len(blocks):
+        there = "no list of blocks" if not isinstance(blocks, lists) else f"{len(blocks)} blocks"
+        raise UsageError(
+            f"{count} last blocks are to learn, but the encoder has {there}: take a vision transformer, or 0"
+        )
+    module.requires_grad_(False)
+    for block in list(blocks)[-count:]:
+        block.requires_grad_(True)
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
