@@ -94,7 +94,7 @@ def attribute_probabilities(
     Examples
     --------
     >>> x, y = np.array([[0.0], [1.0], [10.0], [11.0]]), np.array([0, 0, 1, 1])
-    >>> attribute_probabilities(x, y, [[0, 1], [1, 1]], [[-5.0], [20.0]]).round(1).tolist()
+    >>> attribute_probabilities(x, y, [[0, 1], [1, 1]], [[-5.0], [20.0]]).round().tolist()
     [[0.0, 1.0], [1.0, 1.0]]
     """
     from sklearn.linear_model import LogisticRegression
