@@ -182,9 +182,7 @@ def rounds_of_splits(
     generator = torch.Generator().manual_seed(seed)
     numbers = [start]
     for turn in range(rounds):
-        found = semi_supervised_kmeans(
-            data, fixed, numbers[-1], seed=seed + turn, restarts=restarts, normalize=False
-        )
+        found = semi_supervised_kmeans(data, fixed, numbers[-1], seed=seed + turn, restarts=restarts, normalize=False)
         after = split_and_merge(
             x, torch.from_numpy(found.labels), numbers[-1], prior, generator=generator, fixed=torch.from_numpy(fixed),
             coin=coin, alpha=alpha, smallest=smallest,
@@ -248,7 +246,9 @@ def _split(
     data: Array, labels: Labels, low: int, high: int, restarts: int, rng: np.random.Generator
 ) -> tuple[int, dict[int, float]]:
     start, seed = int(rng.integers(low, high + 1)), int(rng.integers(2**31))
-    number = min(max(rounds_of_splits(data, labels, start, seed=seed, restarts=restarts, normalize=False)[-1], low), high)
+    number = min(
+        max(rounds_of_splits(data, labels, start, seed=seed, restarts=restarts, normalize=False)[-1], low), high
+    )
     return number, {number: 1.0}
 
 

@@ -127,9 +127,7 @@ def _assigned(
     return _grow(data, centroids, label, smallest), prices
 
 
-def _dual_prices(
-    data: Array, centroids: Array, smallest: int, largest: int, start: Prices, smooth: float
-) -> Prices:
+def _dual_prices(data: Array, centroids: Array, smallest: int, largest: int, start: Prices, smooth: float) -> Prices:
     """Prices at which the soft sizes of all clusters are within the bounds."""
     n, k = len(data), len(centroids)
 
@@ -151,9 +149,7 @@ def _dual_prices(
     return prices
 
 
-def _shrink(
-    data: Array, centroids: Array, prices: Prices, label: Labels, regret: Prices, largest: int
-) -> Labels:
+def _shrink(data: Array, centroids: Array, prices: Prices, label: Labels, regret: Prices, largest: int) -> Labels:
     """Move rows out of clusters that are too large, those for which another is nearly as good, into clusters with room."""
     label, k = label.copy(), len(centroids)
     order = np.lexsort((-regret, label))

@@ -1,8 +1,8 @@
 """Core-tuning: fine-tuning of a self-supervised encoder with contrast on hard, mixed features, and a smooth boundary.
 
 Contrast over single samples leaves classes scattered, and cross-entropy alone does not gather them. Core-tuning mixes the
-features of every sample with those of another one, and its hardest positive with its hardest negative; a focal supervised contrast
-learns from samples and mixtures, the more the harder a pair is, and the classifier learns the mixtures too: a smooth boundary.
+features of every sample with those of another one, and its hardest positive with its hardest negative; a focal supervised
+contrast learns from samples and mixtures, the more the harder a pair is, and the classifier learns the mixtures too.
 Mining, mixing and contrast are on features after pooling, so one view of a picture is enough.
 
 Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning, Zhang et al., NeurIPS
