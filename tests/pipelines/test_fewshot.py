@@ -16,17 +16,11 @@ from contralto.data.manifest import Manifest
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.fewshot import FewShotJob, classifier_from, novel_classes
 from contralto.systems.fewshot.susana import SuSana
-from contralto.systems.registry import SYSTEMS, System, get_job
+from contralto.systems.registry import get_job
 
 from tests.conftest import picture
 from tests.systems.fewshot import steps
 
-GROUP = "contralto.systems.fewshot"
-PATHS = {
-    "susana": "susana:SuSana",
-    "protonet": "protonet:ProtoNet",
-    "base_classifier": "base_classifier:BaseClassifier",
-}
 COLOURS = [(r, g, b) for r in (30, 130, 230) for g in (30, 130, 230) for b in (60, 190)]  # 18 classes
 EACH = 9
 SMALL = {
@@ -34,16 +28,6 @@ SMALL = {
     "test_queries": 5, "test_episodes": 40, "jitter": 0.0, "progress": False,
 }  # fmt: skip
 EPISODES = {"way": 3, "shot": 1, "queries": 3, "episodes": 6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with pytest.MonkeyPatch.context() as patched:
-        for name, path in PATHS.items():
-            if name not in SYSTEMS:
-                job = "contralto.pipelines.fewshot:FewShotJob"
-                patched.setitem(SYSTEMS, name, System(name, name, "", "", "", f"{GROUP}.{path}", job))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +52,7 @@ def fit(name, data, out, **more):
 
 
 @pytest.fixture(scope="module")
-def finished(colours, tmp_path_factory, registered):
+def finished(colours, tmp_path_factory):
     return fit("susana", colours, tmp_path_factory.mktemp("few") / "run", epochs=4)
 
 
