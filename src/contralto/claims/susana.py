@@ -128,7 +128,9 @@ def run(
     features = features_of(system, pictures[novel].expand(-1, 3, -1, -1))
     names = labels[novel].unique(return_inverse=True)[1].numpy()
     found = {
-        name: few_shot_accuracy(features, names, way=WAY, shot=s, queries=15, episodes=int(budget["tested"]), seed=seed).classes
+        name: few_shot_accuracy(
+            features, names, way=WAY, shot=s, queries=15, episodes=int(budget["tested"]), seed=seed
+        ).classes
         for name, s in (("one_shot", 1), ("five_shot", 5))
     }
     return found
