@@ -236,8 +236,8 @@ class TaskSampler(Sampler[list[Key]]):
         Samples that are replayed.
     replayed : int
         How many of a batch come from the memory: every pass over the task then has as many batches as it needs for its own
-        samples, and the memory is gone through as often as that takes. 0 shuffles the memory among the samples of the task. Before
-        there is a memory, batches are full of the task.
+        samples, and the memory is gone through as often as that takes. 0 shuffles the memory among the samples of the task.
+        Before there is a memory, batches are full of the task.
     first_epoch : int
         Number of the first epoch in the stream, so that no two tasks share their order and views.
 

@@ -2,9 +2,9 @@
 
     contralto fit protogcd PICTURES --unlabelled MORE --preset frozen --out RUN
 
-ingest -> number of classes -> training -> assignment -> page. The run folder holds `discovered.parquet` (the class of every picture),
-`classes.parquet`, `names.json` (for names that people give), `model/` (old and new classes, for `contralto predict`), `encoder/`,
-`metrics.json` and `report.html`.
+ingest -> number of classes -> training -> assignment -> page. The run folder holds `discovered.parquet` (the class of every
+picture), `classes.parquet`, `names.json` (for names that people give), `model/` (old and new classes, for `contralto predict`),
+`encoder/`, `metrics.json` and `report.html`.
 """
 
 import copy
@@ -14,7 +14,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ NEAREST = 3
 class Discovery(Pretraining):
     """The job behind ``contralto fit`` for one system of category discovery.
 
-    Which pictures are labelled is all that it takes from labels; those of a split other than `train` serve to measure what came out.
+    It learns from the split `train`, where there is one; labels of other splits serve to measure what came out.
     """
 
     def fit(
@@ -97,8 +97,8 @@ class Discovery(Pretraining):
         most_classes : int, optional
             Upper bound of the estimate, old and new together; default: 20 more than three times the labelled ones.
         frozen : bool
-            Beyond the papers: the encoder stays as it is, its features of a few augmented views of each picture are computed once,
-            and two layers learn on them that begin as the identity. Tens of thousands of pictures take minutes on a CPU.
+            Beyond the papers: the encoder stays as it is, its features of a few augmented views of each picture are computed
+            once, and two layers learn on them that begin as the identity. Tens of thousands of pictures take minutes on a CPU.
         variants : int
             With `frozen`: how many draws of each of the two views are kept.
         **rest
@@ -242,7 +242,7 @@ class Discovery(Pretraining):
         if x.shape[1] > DIRECTIONS < len(x):
             vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0))).eigenvectors
             x = x @ vectors[:, -DIRECTIONS:]
-        method = "search" if len(self.old) >= 4 else "split"
+        method: Literal["search", "split"] = "search" if len(self.old) >= 4 else "split"
         most = self.arguments["most_classes"]
         if most is not None and most <= len(self.old):
             raise UsageError(f"most_classes must be above the number of labelled classes, {len(self.old)}; got {most}")
@@ -467,14 +467,14 @@ class Discovery(Pretraining):
         a, old = self.arguments, len(self.old)
         return (
             f"# Classifier of {old} known and {len(classes) - old} discovered classes\n\n"
-            f"Known: {', '.join(self.old)}\n\nDiscovered: {', '.join(classes[old:]) or 'none'}. Names that people gave them are in "
-            f"`{NAMES}` of the run.\n\nTrained with {SYSTEMS[self.name].title} on {self.labelled} labelled and "
+            f"Known: {', '.join(self.old)}\n\nDiscovered: {', '.join(classes[old:]) or 'none'}. What people call them "
+            f"stands in `{NAMES}` of the run.\n\nTrained with {SYSTEMS[self.name].title} on {self.labelled} labelled and "
             f"{len(self.labels) - self.labelled} unlabelled images; encoder {a['image_encoder']}"
             f"{' (frozen, with two layers behind it)' if a['frozen'] else ''}.\n\n"
             "    import contralto\n"
             '    contralto.load("path/to/the/run").predict(["a.jpg", "b.jpg"])\n\n## Limits\n\n'
-            "It names one of its classes for any picture. Discovered classes are groups of pictures that look alike; whether they "
-            "are kinds of things, a person must say.\n"
+            "It names one of its classes for any picture. Discovered classes are groups of pictures that look alike; whether "
+            "they are kinds of things, a person must say.\n"
         )
 
     def _write_tables(self, found: Discovered, classes: list[str]) -> None:

@@ -303,14 +303,14 @@ class Pretraining:
     def train(self, module: EncoderSystem, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
         a = self.arguments
-        done = (folder / "done.json").exists()
-        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{module.epochs} epochs'}")
+        done, epochs = (folder / "done.json").exists(), module.total_steps // module.steps_per_epoch
+        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{epochs} epochs'}")
         started = time.perf_counter()
         fit_stage(
             module,
             None if done else self.loader(module),
             folder,
-            epochs=module.epochs,
+            epochs=epochs,
             fingerprint=self.fingerprint,
             checkpoint_every=a["checkpoint_every"],
             progress=self.progress,

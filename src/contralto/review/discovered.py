@@ -85,7 +85,9 @@ class Discoveries:
             self.confidence = table.column("confidence").to_numpy().astype(np.float64)
             self._part, self._index = table.column("part").to_numpy(), table.column("index").to_numpy()
             parts = [self.run / "manifest", self.run / "unlabelled"]
-            self._manifests = [Manifest.load(p) for p in parts[: 1 + (self.run / "unlabelled").is_dir()]]
+            self._manifests: list[Manifest] = [
+                Manifest.load(p) for p in parts[: 1 + (self.run / "unlabelled").is_dir()]
+            ]
         self._unlabelled = np.array([not g for g in self.given], bool)
         self._order = np.lexsort((-self.confidence, self.found))
         self._start = np.searchsorted(self.found[self._order], np.arange(len(self.classes) + 1))
@@ -124,7 +126,8 @@ class Discoveries:
 
     def read_bytes(self, n: int) -> bytes:
         """The encoded picture."""
-        return self._manifests[self._part[n]].read_bytes(int(self._index[n]))
+        manifest: Manifest = self._manifests[self._part[n]]
+        return manifest.read_bytes(int(self._index[n]))
 
     def shown(self, k: int, count: int) -> tuple[Array, Array]:
         """Typical pictures of a class, and half as many of those that it is least sure of."""

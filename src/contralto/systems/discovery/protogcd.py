@@ -6,9 +6,9 @@ the surest first. That the predictions of a batch must be spread over all classe
 prototypes are pushed apart.
 
 ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, Ma et al., TPAMI 2025, arXiv 2504.03755. The
-released code takes the epoch with the best accuracy on the unlabelled samples, for which it needs their labels; here the last
-one is taken. The defaults here are those of its published commands. How the paper finds the number of classes
-is not in the code: `prototype_number` is one of its own form, and approximate.
+released code takes the epoch with the best accuracy on the unlabelled samples, for which it needs their labels; here the last one
+is taken. The defaults here are those of its published commands. How the paper finds the number of classes is not in its code:
+`contralto.systems.discovery.numbers` does it in a way of its own, approximately.
 """
 
 from typing import Literal
@@ -28,7 +28,7 @@ from contralto.losses.discovery import (
     swapped_labels,
 )
 from contralto.neighbors.knn import unit_rows
-from contralto.prototypes.bank import class_means
+from contralto.prototypes.bank import means
 from contralto.prototypes.layer import CosineLayer
 from contralto.systems.base import Optimizer
 from contralto.systems.discovery.base import Discovered, DiscoverySystem, Floats, Labels, nearest_prototypes
@@ -191,11 +191,11 @@ class ProtoGCD(DiscoverySystem):
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
-        """Put the prototypes of the old classes to the means of their labelled samples."""
+        """Put the prototypes of the old classes to the means of their labelled samples; one that has none stays."""
         super().at_epoch_start(features, labels)
-        means = class_means(torch.from_numpy(unit_rows(features)), torch.from_numpy(labels), self.num_classes)
-        there, weight = means.any(1), self.prototypes.weight[: self.num_classes]
-        weight[there] = means[there].to(weight)
+        weight = self.prototypes.weight[: self.num_classes]
+        rows = torch.from_numpy(unit_rows(features)).to(weight)
+        weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), self.num_classes, before=weight))
 
     def discover(self, features: Floats, labels: Labels) -> Discovered:
         """Every sample goes to the prototype of the largest cosine; the labels are not asked."""
