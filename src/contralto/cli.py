@@ -532,9 +532,12 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     """
     from contralto.data.images import decode_image
     from contralto.data.manifest import Manifest
+    from contralto.review.discovered import is_discovery, write_discovery_report
     from contralto.review.report import write_report
 
-    if (run / "built.json").is_file():
+    if is_discovery(run):
+        target = write_discovery_report(run, out=out)
+    elif (run / "built.json").is_file():
         from contralto.pipelines.embedding import report_encoder
 
         target = report_encoder(run, out=out)

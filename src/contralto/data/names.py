@@ -26,7 +26,8 @@ def new_names(count: int, taken: Iterable[str]) -> list[str]:
     >>> new_names(3, ["cat", "new 2"])
     ['new 1', 'new 3', 'new 4']
     """
-    before, out, number = set(taken), [], 0
+    before, number = set(taken), 0
+    out: list[str] = []
     while len(out) < count:
         number += 1
         if f"new {number}" not in before:

@@ -92,8 +92,8 @@ def right_clusters(
     old : collection of int
         The old classes.
     protocol : {"together", "apart"}
-        One matching of all clusters to all classes; or one for the samples of old and another one for those of new classes. Then a
-        cluster may stand for an old and a new class at once: never lower, and blind to old and new being mixed up.
+        One matching of all clusters to all classes; or one for the samples of old and another one for those of new classes. Then
+        a cluster may stand for an old and a new class at once: never lower, and blind to old and new being mixed up.
 
     Returns
     -------

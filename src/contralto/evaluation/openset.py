@@ -1,13 +1,16 @@
-"""Saying "unknown": what happens to accuracy when answers below a threshold are withheld."""
+"""Saying "unknown": what happens to accuracy when unsure answers are withheld, and how well outliers are told apart."""
 
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from contralto.errors import UsageError
 
-__all__ = ["OpenSetCurve", "open_set_curve"]
+__all__ = ["OpenSetCurve", "Outliers", "Score", "open_set_curve", "outlier_detection", "outlier_scores"]
+
+Score = Literal["probability", "logit", "energy", "cross_entropy", "ratio", "margin"]
 
 _TINY = 1e-4
 """Where counts of false and missed answers start (CAPro's code)."""
@@ -105,3 +108,108 @@ def open_set_curve(
     by_recall = np.argsort(recall, kind="stable")
     area = float(np.trapezoid(precision[by_recall], recall[by_recall]))
     return OpenSetCurve(t, precision, recall, f1, *away, accepted, float(f1.mean()), area)
+
+
+class Outliers(NamedTuple):
+    """How well outliers are told apart: false alarms where 95 % of them are found; areas under ROC and precision-recall."""
+
+    fpr95: float
+    auroc: float
+    aupr: float
+
+
+def outlier_scores(
+    logits: npt.ArrayLike, score: Score = "probability", *, temperature: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """How much every sample looks like none of the classes; higher is more.
+
+    Parameters
+    ----------
+    logits : array (N, K)
+        Cosines, or logits of another kind.
+    score : {"probability", "logit", "energy", "cross_entropy", "ratio", "margin"}
+        With ``p = softmax(l / T)``: ``-max p`` (the usual one); ``-max l``; ``-T logsumexp(l / T)``; ``mean l / T -
+        logsumexp(l / T)``, the cross-entropy of an even prediction with its sign turned; with the two largest of p,
+        ``-p1 / (p2 + 1e-6)`` and ``-(p1 - p2)``.
+    temperature : float
+        T.
+
+    Returns
+    -------
+    array (N,)
+
+    Examples
+    --------
+    >>> outlier_scores([[2.0, 0.0], [0.1, 0.0]]).round(2).tolist()
+    [-0.88, -0.52]
+    """
+    from scipy.special import logsumexp, softmax
+
+    values = np.asarray(logits, np.float64)
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise UsageError(f"logits must be of shape (N, K) with two classes at least, got {values.shape}")
+    if score not in get_args(Score):
+        raise UsageError(f"score must be one of {', '.join(get_args(Score))}; got {score!r}")
+    scaled = values / temperature
+    if score == "logit":
+        return np.asarray(-values.max(1))
+    if score == "energy":
+        return np.asarray(-temperature * logsumexp(scaled, axis=1))
+    if score == "cross_entropy":
+        return np.asarray(scaled.mean(1) - logsumexp(scaled, axis=1))
+    p = np.sort(softmax(scaled, axis=1), axis=1)
+    first, second = p[:, -1], p[:, -2]
+    if score == "ratio":
+        return np.asarray(-first / (second + 1e-6))
+    return np.asarray(second - first if score == "margin" else -first)
+
+
+def outlier_detection(
+    inside: npt.ArrayLike, outside: npt.ArrayLike, *, share: float | None = 0.2, draws: int = 10, seed: int = 0
+) -> Outliers:
+    """Outliers, which are what is looked for, against samples of the classes, by a score that is higher for them.
+
+    Parameters
+    ----------
+    inside, outside : array (N,), (M,)
+        Scores of samples of the classes, and of outliers.
+    share : float, optional
+        Outliers drawn per sample inside, 1 to 5 as is usual; None: all of them, once.
+    draws : int
+        The results of so many draws are averaged.
+    seed : int
+
+    Returns
+    -------
+    Outliers
+
+    Raises
+    ------
+    UsageError
+        If there are none of one kind.
+
+    Examples
+    --------
+    >>> outlier_detection([0.1, 0.2, 0.3, 0.6], [0.5, 0.9], share=None)
+    Outliers(fpr95=0.25, auroc=0.875, aupr=0.8333333333333333)
+    """
+    known, strange = np.asarray(inside, np.float64).ravel(), np.asarray(outside, np.float64).ravel()
+    if not len(known) or not len(strange):
+        raise UsageError(f"there must be samples inside and outside, got {len(known)} and {len(strange)}")
+    if share is None:
+        return _detection(known, strange)
+    count, rng = max(1, min(round(share * len(known)), len(strange))), np.random.default_rng(seed)
+    every = [_detection(known, rng.choice(strange, count, replace=False)) for _ in range(draws)]
+    return Outliers(*np.mean(every, axis=0).tolist())
+
+
+def _detection(known: npt.NDArray[Any], strange: npt.NDArray[Any]) -> Outliers:
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+    truth = np.repeat([0, 1], [len(known), len(strange)])
+    scores = np.concatenate([known, strange])
+    false, found, _ = roc_curve(truth, scores, drop_intermediate=False)
+    first = int((found >= 0.95).argmax())
+    return Outliers(
+        float(false[first]), float(roc_auc_score(truth, scores)), float(average_precision_score(truth, scores))
+    )

@@ -181,7 +181,7 @@ def semi_supervised_kmeans(
     sums, counts = cluster_sums(data[known], of_class, k), np.bincount(of_class, minlength=k)
     best: tuple[float, Array, npt.NDArray[np.int64]] | None = None
     for restart in range(restarts if k > len(classes) else 1):
-        start = sums[: len(classes)] / np.maximum(counts[: len(classes), None], 1)
+        start = (sums[: len(classes)] / np.maximum(counts[: len(classes), None], 1)).astype(np.float32)
         if spherical and len(start):
             start = unit_rows(start)
         centroids = _spread(start, free, k, np.random.default_rng([seed, restart]))

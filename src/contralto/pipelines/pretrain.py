@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning import Callback
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -43,7 +44,7 @@ class Pretraining:
     """The job behind ``contralto fit`` for one self-supervised system; its methods can be called one by one.
 
     A job of another kind extends it: arguments of its own are keyword arguments of its `fit`, which hands all of them on to this
-    one; `check_labels`, `facts`, `order`, `finish` and `last_metrics` are what it says differently.
+    one; `check_labels`, `facts`, `order`, `callbacks`, `finish` and `last_metrics` are what it says differently.
 
     Parameters
     ----------
@@ -280,7 +281,7 @@ class Pretraining:
     def dataset(self, size: int) -> CanvasDataset:
         """The pictures, decoded once where they fit."""
         a = self.arguments
-        side = a["canvas"] or round(1.5 * size)
+        side = a["canvas"] or self.canvas(size)
         cached = len(self.labels) * 3 * side**2 <= a["cache_gib"] * 2**30
         return CanvasDataset(
             lambda row: self.source(row)[0].read_bytes(self.source(row)[1]),
@@ -291,6 +292,10 @@ class Pretraining:
             progress=self.progress,
         )
 
+    def canvas(self, size: int) -> int:
+        """The side at which pictures are kept for views of this side, where nobody says it."""
+        return round(1.5 * size)
+
     def source(self, row: int) -> tuple[Manifest, int]:
         """Where a picture that is learnt from stands: a manifest, and the row in it."""
         return self.manifest, int(self.rows[row])
@@ -298,25 +303,30 @@ class Pretraining:
     def train(self, module: EncoderSystem, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
         a = self.arguments
-        done = (folder / "done.json").exists()
-        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{module.epochs} epochs'}")
+        done, epochs = (folder / "done.json").exists(), module.total_steps // module.steps_per_epoch
+        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{epochs} epochs'}")
         started = time.perf_counter()
-        classes = len(self.manifest.classes)
-        callbacks = [OnlineProbe(module.num_features, classes), OnlineKNN()] if a["probe"] and classes > 1 else []
         fit_stage(
             module,
             None if done else self.loader(module),
             folder,
-            epochs=module.epochs,
+            epochs=epochs,
             fingerprint=self.fingerprint,
             checkpoint_every=a["checkpoint_every"],
             progress=self.progress,
             trainer={k: a[k] for k in ("accelerator", "devices", "precision", "strategy")},
-            callbacks=callbacks,
+            callbacks=self.callbacks(module),
         )
         if not done:
             self.seconds[folder.name] = round(time.perf_counter() - started, 2)
             write_json(self.out / "seconds.json", self.seconds)
+
+    def callbacks(self, module: EncoderSystem) -> list[Callback]:
+        """What looks on, or has a say, while it trains: here, classifier and neighbours beside, where there are labels."""
+        classes = len(self.manifest.classes)
+        if not self.arguments["probe"] or classes < 2:
+            return []
+        return [OnlineProbe(module.num_features, classes), OnlineKNN()]
 
     def finish(self) -> None:
         """Keep what is needed to embed pictures, the encoder by itself, and what the training said."""

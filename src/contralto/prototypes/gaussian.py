@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from contralto.errors import UsageError
+from contralto.prototypes.bank import assign, means
 
 __all__ = [
     "Moments",
@@ -26,6 +27,7 @@ __all__ = [
     "niw_prior",
     "pooled",
     "posterior",
+    "posterior_means",
     "split_and_merge",
     "two_means",
 ]
@@ -40,7 +42,8 @@ class Prior(NamedTuple):
     psi: Tensor
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Of K sets of points: their number (K,), mean (K, D), and sum of outer products around it (K, D, D)."""
 
     count: Tensor
@@ -104,7 +107,7 @@ def moments(x: Tensor, labels: Tensor, k: int) -> Moments:
     labels, x = labels[order], x[known][order].double()
     n, dim = x.shape
     count = torch.bincount(labels, minlength=k)
-    mean = x.new_zeros(k, dim).index_add_(0, labels, x) / count.clamp(min=1).unsqueeze(1)
+    mean = means(x, labels, k)
     blocks = -(-count // dim)  # of every cluster
     first_row, first_block = count.cumsum(0) - count, blocks.cumsum(0) - blocks
     place = torch.arange(n, device=x.device) - first_row[labels] + dim * first_block[labels]
@@ -146,6 +149,19 @@ def posterior(of: Moments, prior: Prior) -> tuple[Tensor, Tensor]:
     n, dim = of.count, len(prior.mean)
     degrees = torch.where(n > 0, prior.nu + n + dim + 2, 1.0)
     return _shrunk(n, of.mean, prior), _scale(of, prior) / degrees[:, None, None]
+
+
+def posterior_means(x: Tensor, labels: Tensor, k: int, prior: Prior) -> Tensor:
+    """Mean of every cluster (k, D) drawn towards that of the prior, in float64; rows with other labels are left out.
+
+    Examples
+    --------
+    >>> x = torch.tensor([[0.0], [2.0]])
+    >>> posterior_means(x, torch.tensor([0, 0]), 1, niw_prior(x))
+    tensor([[1.]], dtype=torch.float64)
+    """
+    count = torch.bincount(labels[(labels >= 0) & (labels < k)], minlength=k).double()
+    return _shrunk(count, means(x.double(), labels, k), prior)
 
 
 def log_evidence(of: Moments, prior: Prior) -> Tensor:
@@ -336,16 +352,14 @@ def split_and_merge(
     kept[torch.cat([a, b])] = False
     centres = torch.cat(
         [
-            _labelled_centres(x[~free], labels[~free], old, prior),
+            posterior_means(x, labels, old, prior),
             centre[kept],
             _shrunk(first.count, first.mean, prior)[split],
             _shrunk(second.count, second.mean, prior)[split],
             (centre[a] + centre[b]) / 2,
         ]
     )
-    nearest = _nearest(x, centres)
-    if fixed is not None:
-        nearest = torch.where(fixed >= 0, fixed, nearest)
+    nearest, _ = assign(x, centres, metric="euclidean", fixed=fixed)
     return Round(centres, nearest, int(split.sum()), len(a))
 
 
@@ -379,8 +393,9 @@ def _drawn(log_weight: Tensor, labels: Tensor, k: int, generator: torch.Generato
     key = log_weight - (-uniform.log()).log()
     order = key.argsort()
     order = order[labels[order].argsort(stable=True)]  # by cluster, the largest key last
-    last = torch.bincount(labels, minlength=k).cumsum(0) - 1
-    return order[last.clamp(min=0)]
+    last: Tensor = torch.bincount(labels, minlength=k).cumsum(0) - 1
+    drawn: Tensor = order[last.clamp(min=0)]
+    return drawn
 
 
 def _halves(x: Tensor, labels: Tensor, centres: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
@@ -412,7 +427,8 @@ def _nearest_pairs(centres: Tensor, among: Tensor) -> Tensor:
     if len(place) < 2:
         return place.new_zeros(2, 0)
     distance = torch.cdist(centres[place], centres[place]).fill_diagonal_(math.inf)
-    return torch.stack([place, place[distance.argmin(1)]]).sort(0).values.unique(dim=1)
+    pairs: Tensor = torch.stack([place, place[distance.argmin(1)]]).sort(0).values.unique(dim=1)
+    return pairs
 
 
 def _each_once(pairs: Tensor, ratio: Tensor, k: int) -> Tensor:
@@ -440,14 +456,3 @@ def _old_classes(labels: Tensor, fixed: Tensor | None) -> int:
     if (count == 0).any():
         raise UsageError(f"class {int((count == 0).nonzero()[0])} has no labelled row: number the classes without gaps")
     return len(count)
-
-
-def _labelled_centres(x: Tensor, labels: Tensor, old: int, prior: Prior) -> Tensor:
-    count = torch.bincount(labels, minlength=old).to(x)
-    mean = x.new_zeros(old, x.shape[1]).index_add_(0, labels, x) / count.clamp(min=1).unsqueeze(1)
-    return _shrunk(count, mean, prior)
-
-
-def _nearest(x: Tensor, centres: Tensor, block: int = 8192) -> Tensor:
-    """Number of the nearest centre of every row, a block at a time."""
-    return torch.cat([torch.cdist(part, centres).argmin(1) for part in x.split(block)])

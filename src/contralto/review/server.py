@@ -1,46 +1,28 @@
-"""The review page: a local web server on which people go through what a run flagged.
+"""The review page: a local web server on which people go through what a run flagged, or name the classes that it found.
 
-Pages are rendered here; every form works without a script, which only adds keys. What protects it: it listens on this machine
-alone unless told otherwise, and then asks for a token; Host and Origin are checked, forms carry a key of their session; only
-pictures of the run are served, re-encoded; pages may load nothing but what comes from here.
+Pages are rendered here; every form works without a script, which only adds keys. What protects them is in `review.web`.
 """
 
-import hashlib
-import hmac
-import io
-import ipaddress
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import lru_cache
-from importlib import resources
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
-import jinja2
-from PIL import Image
-
-from contralto.data.images import ImageError, decode_image
-from contralto.errors import ContraltoError, MissingExtraError, UsageError
+from contralto.errors import MissingExtraError, UsageError
+from contralto.review.discovered import is_discovery
 from contralto.review.listing import ORDERS, STATES, Filter, Listing
 from contralto.review.report import shown_text
+from contralto.review.web import Site, is_loopback, whole_number
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
 
 __all__ = ["class_codes", "create_app", "serve"]
 
 PAGE = 60
-SIDES = (96, 480)
-MAX_BODY = 2**20
-POLICY = (
-    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'none'"
-)
-_FILES = {"report.css": "text/css", "review.css": "text/css", "review.js": "text/javascript"}
 _SIGNS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -81,63 +63,26 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
     MissingExtraError
         If FastAPI is not installed.
     """
-    try:
-        from fastapi import FastAPI, Request
-        from fastapi.responses import RedirectResponse, Response
-        from python_multipart.exceptions import FormParserError
-        from starlette.exceptions import HTTPException
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("the review page", extra="review") from error
+    if is_discovery(run):
+        from contralto.review.naming import create_naming_app
 
-    if not token and not _is_loopback(host):
-        raise UsageError(f"{host} is open to other machines, so a token is needed")
+        return create_naming_app(run, host=host, token=token)
     listing = Listing(run)
-    secret = listing.decisions.secret()
     names = listing.manifest.class_names
     definitions = {c.name: c.definition for c in listing.manifest.classes}
-    codes = class_codes(len(names))
     verdicts = ["changed", "kept"] if listing.multilabel else ["corrected", "off-topic", "kept", "anchor"]
     known = {"verdict": {"flagged", "any", *verdicts}, "label": {"", *names}, "state": STATES, "order": ORDERS}
-    templates = _templates()
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    reading = Lock()
+    site = Site(
+        run, listing.decisions.secret(), lambda n: listing.manifest.read_bytes(int(listing.rows[n])), len(listing),
+        host=host, token=token,
+        shared={"classes": names, "codes": class_codes(len(names)), "multilabel": listing.multilabel},
+    )  # fmt: skip
+    from fastapi import Request  # `Site` has made sure that it is there
 
-    # Who it is.
+    app, page, goes_to, position, form_of = site.app, site.page, site.goes_to, site.position, site.form_of
+    reviewer_of, checked_form, refusal = site.reviewer_of, site.checked_form, site.refusal
 
-    def sign(*parts: str) -> str:
-        return hmac.new(secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()
-
-    def reviewer_of(request: Request) -> str | None:
-        name, _, signature = request.cookies.get("reviewer", "").rpartition(".")
-        try:
-            name = bytes.fromhex(name).decode()
-        except ValueError:
-            return None
-        right = sign("reviewer", name, token or "")
-        return name if name and _same(signature, right) else None
-
-    def checked_form(request: Request, form: Mapping[str, Any]) -> str:
-        """Who sends a form, if it comes from one of our pages."""
-        reviewer = reviewer_of(request)
-        if reviewer is None:
-            raise HTTPException(401, "Say who you are first.")
-        if not _same(form.get("key", ""), sign("form", reviewer)):
-            raise HTTPException(403, "This form is not of this page: go back, load the page again, and repeat it.")
-        return reviewer
-
-    # Answers.
-
-    def page(name: str, request: Request, status: int = 200, **values: Any) -> Response:
-        reviewer = reviewer_of(request)
-        shared = {
-            "reviewer": reviewer, "key": sign("form", reviewer) if reviewer else "", "run_name": Path(run).resolve().name,
-            "classes": names, "codes": codes, "multilabel": listing.multilabel, "status": status,
-        }  # fmt: skip
-        html = templates.get_template(f"{name}.html.j2").render(shared | values)
-        return Response(html, status, media_type="text/html")
-
-    def goes_to(path: str, **query: Any) -> Response:
-        return RedirectResponse(path + ("?" + urlencode(query) if query else ""), 303)
+    # What a request means.
 
     def filter_of(values: Mapping[str, Any]) -> Filter:
         """The filter in an address or a form; what makes no sense is refused."""
@@ -150,19 +95,13 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
                 try:
                     value = min(max(float(value), 0.0), 1.0)
                 except ValueError:
-                    raise HTTPException(422, "least must be a number between 0 and 1.") from None
+                    raise refusal(422, "least must be a number between 0 and 1.") from None
                 if value != value:
-                    raise HTTPException(422, "least must be a number between 0 and 1.")
+                    raise refusal(422, "least must be a number between 0 and 1.")
             elif f.name in known and value not in known[f.name]:
-                raise HTTPException(422, f"There is no {f.name} of this name.")
+                raise refusal(422, f"There is no {f.name} of this name.")
             wanted[f.name] = str(value)[:200] if f.name == "words" else value
         return Filter(**wanted)
-
-    def position(value: Any) -> int:
-        n = _number(str(value), digits=9)
-        if n is None or n >= len(listing):
-            raise HTTPException(404, "There is no such picture.")
-        return n
 
     def card(n: int) -> dict[str, Any]:
         holds = listing.decision(n)
@@ -184,25 +123,23 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         if action == "off-topic":
             return [()] * len(found)
         if action != "set":
-            raise HTTPException(422, "There is no such action.")
+            raise refusal(422, "There is no such action.")
         if any(name not in definitions for name in labels) or not labels:
-            raise HTTPException(422, "Choose one of the classes.")
+            raise refusal(422, "Choose one of the classes.")
         if len(labels) > 1 and not listing.multilabel:
-            raise HTTPException(422, "A picture of this run has one label.")
+            raise refusal(422, "A picture of this run has one label.")
         return [tuple(name for name in names if name in labels)] * len(found)
 
     # Pages.
 
     @app.get("/")
-    def overview(request: Request) -> Response:
+    def overview(request: Request) -> Any:
         reviewer = reviewer_of(request)
         if reviewer is None:
-            return page(
-                "review_who", request, needs_token=token is not None, given=request.query_params.get("token", "")
-            )
+            return site.who(request, given=request.query_params.get("token", ""))
         chosen = filter_of(request.query_params)
         found = listing.find(chosen, reviewer)
-        at_page = _number(request.query_params.get("page", ""), digits=8) or 0
+        at_page = whole_number(request.query_params.get("page", ""), digits=8) or 0
         part = found[at_page * PAGE : (at_page + 1) * PAGE]
         return page(
             "review_list", request, filter=chosen, query=asdict(chosen), total=len(found), cards=[card(int(n)) for n in part],
@@ -210,7 +147,7 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         )  # fmt: skip
 
     @app.get("/picture/{n}")
-    def picture(request: Request, n: str) -> Response:
+    def picture(request: Request, n: str) -> Any:
         reviewer = reviewer_of(request)
         if reviewer is None:
             return goes_to("/")
@@ -226,10 +163,10 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         )  # fmt: skip
 
     @app.get("/reviewers")
-    def reviewers(request: Request) -> Response:
+    def reviewers(request: Request) -> Any:
         if reviewer_of(request) is None:
             return goes_to("/")
-        last = _number(request.query_params.get("last", ""), digits=14)
+        last = whole_number(request.query_params.get("last", ""), digits=14)
         actions = listing.decisions.history(PAGE, last=2**62 if last is None else last)
         return page(
             "review_history", request, actions=actions, agreement=listing.agreement(), progress=listing.progress(),
@@ -238,34 +175,8 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
 
     # What people do.
 
-    async def form_of(request: Request) -> Any:
-        try:
-            return await request.form(max_files=0, max_fields=2000)
-        except FormParserError as error:  # older versions of the reader let it through
-            raise HTTPException(400, "This is no form.") from error
-
-    @app.post("/enter")
-    async def enter(request: Request) -> Response:
-        form = await form_of(request)
-        name = " ".join(shown_text(str(form.get("name", "")), 60).split())
-        if token is not None and not _same(form.get("token", ""), token):
-            return page("review_who", request, 401, needs_token=True, given="", wrong="This is not the token.")
-        if not name:
-            return page("review_who", request, 422, needs_token=token is not None, given="", wrong="A name is needed.")
-        answer = goes_to("/")
-        value = name.encode().hex() + "." + sign("reviewer", name, token or "")
-        answer.set_cookie("reviewer", value, max_age=30 * 86400, httponly=True, samesite="strict")
-        return answer
-
-    @app.post("/leave")
-    async def leave(request: Request) -> Response:
-        checked_form(request, await form_of(request))
-        answer = goes_to("/")
-        answer.delete_cookie("reviewer", httponly=True, samesite="strict")
-        return answer
-
     @app.post("/decide")
-    async def decide(request: Request) -> Response:
+    async def decide(request: Request) -> Any:
         form = await form_of(request)
         reviewer, at, chosen = checked_form(request, form), position(form.get("n", "")), filter_of(form)
         action = str(form.get("action", "set"))
@@ -275,12 +186,12 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         return goes_to("/" if following is None else f"/picture/{following}", **asdict(chosen))
 
     @app.post("/batch")
-    async def batch(request: Request) -> Response:
+    async def batch(request: Request) -> Any:
         form = await form_of(request)
         reviewer, chosen = checked_form(request, form), filter_of(form)
         found = listing.find(chosen, reviewer)
         if str(form.get("count", "")) != str(len(found)):
-            raise HTTPException(
+            raise refusal(
                 409, f"There are {len(found)} pictures now, not as many as you saw: look again, then repeat it."
             )
         if len(found):
@@ -292,7 +203,7 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
         return goes_to("/", **asdict(chosen))
 
     @app.post("/undo")
-    async def undo(request: Request) -> Response:
+    async def undo(request: Request) -> Any:
         form = await form_of(request)
         reviewer, chosen = checked_form(request, form), filter_of(form)
         undone = listing.decisions.undo(reviewer)
@@ -301,64 +212,6 @@ def create_app(run: str | Path, *, host: str = "127.0.0.1", token: str | None = 
             if (n := listing.position(identity)) is not None:
                 return goes_to(f"/picture/{n}", **asdict(chosen))
         return goes_to("/", **asdict(chosen))
-
-    # Pictures and files.
-
-    @lru_cache(maxsize=2000)
-    def encoded(n: int, side: int) -> bytes:
-        with reading:
-            data = listing.manifest.read_bytes(int(listing.rows[n]))
-        image = Image.fromarray(decode_image(data))
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        return buffer.getvalue()
-
-    @app.get("/image/{n}/{side}")
-    def image(request: Request, n: str, side: str) -> Response:
-        if reviewer_of(request) is None:
-            raise HTTPException(401, "Say who you are first.")
-        if side not in map(str, SIDES):
-            raise HTTPException(404, "There is no such size.")
-        try:
-            data = encoded(position(n), int(side))
-        except (ContraltoError, ImageError) as error:
-            raise HTTPException(410, f"The picture cannot be read any more: {error}") from error
-        return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
-
-    @app.get("/static/{name}")
-    def static(name: str) -> Response:
-        if name not in _FILES:
-            raise HTTPException(404, "There is no such file.")
-        text = resources.files("contralto.review").joinpath("templates", name).read_text("utf-8")
-        return Response(text, media_type=_FILES[name], headers={"Cache-Control": "private, max-age=3600"})
-
-    @app.get("/favicon.ico")
-    def icon() -> Response:
-        return Response(status_code=204)  # browsers ask for one
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Response:
-        return page("review_error", request, error.status_code, told=str(error.detail))
-
-    @app.exception_handler(ContraltoError)
-    async def failed(request: Request, error: ContraltoError) -> Response:
-        return page("review_error", request, 500, told=str(error))
-
-    @app.middleware("http")
-    async def guarded(request: Request, follow: Callable[[Any], Any]) -> Response:
-        problem = _problem(request, host)
-        answer: Response = (
-            Response(problem[1], problem[0], media_type="text/plain") if problem else await follow(request)
-        )
-        answer.headers.update(
-            {
-                "Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin",
-                "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
-            }
-        )  # fmt: skip
-        answer.headers.setdefault("Cache-Control", "no-store")
-        return answer
 
     return app
 
@@ -394,7 +247,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise MissingExtraError("the review page", extra="review") from error
 
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         token = secrets.token_urlsafe(24)
     app = create_app(run, host=host, token=token)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -412,77 +265,3 @@ def serve(
     ready(address)
     config = uvicorn.Config(app, log_level="warning", server_header=False, proxy_headers=False)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def _same(given: Any, right: str) -> bool:
-    """Whether a secret is the right one, in a time that does not tell how much of it is."""
-    return hmac.compare_digest(str(given).encode(), right.encode())
-
-
-def _number(text: str, *, digits: int) -> int | None:
-    """A whole number of at most so many plain digits, else None."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _problem(request: "Request", host: str) -> tuple[int, str] | None:
-    """Why a request is refused before anything looks at it: another host (DNS rebinding), another page's form, too large."""
-    named = request.headers.get("host", "")
-    try:
-        asked = urlsplit(f"//{named}").hostname or ""
-    except ValueError:
-        asked = ""
-    if not _is_ours(asked, host):
-        return 421, "This server answers only to its own name."
-    if request.method not in ("GET", "HEAD", "POST"):
-        return 405, "Only GET and POST are known here."
-    if request.method == "POST":
-        origin = request.headers.get("origin")
-        try:
-            theirs = urlsplit(origin or "")
-        except ValueError:
-            return 403, "This form comes from another page."
-        if theirs.scheme not in ("http", "https") or theirs.netloc != named:
-            return 403, "This form comes from another page."
-        length = request.headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()):
-            return 411, "The length of the form must be told."
-        if int(length) > MAX_BODY:
-            return 413, "The form is too large."
-    return None
-
-
-def _is_ours(asked: str, host: str) -> bool:
-    """Whether a name in a request is one of this server's."""
-    if _is_loopback(host):
-        return _is_loopback(asked)
-    if asked == host or _is_loopback(asked):
-        return True
-    if host in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
-        if asked == socket.gethostname():
-            return True
-        try:
-            ipaddress.ip_address(asked)
-        except ValueError:
-            return False
-        return True
-    return False
-
-
-def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("contralto.review"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["percent"] = lambda x, digits=0: "-" if x is None else f"{100 * x:.{digits}f} %"
-    environment.filters["query"] = urlencode
-    environment.filters["shown"] = shown_text
-    return environment

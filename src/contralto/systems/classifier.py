@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contralto.data.images import decode_image
+from contralto.data.names import called, read_names
 from contralto.encoders.heads import mlp
 from contralto.encoders.image import ImageEncoder, image_encoder
 from contralto.errors import DataError, UsageError
@@ -275,6 +276,8 @@ def load(folder: str | Path, *, device: str = "cpu") -> Classifier:
         _check_config(config)
         model = Classifier(config)
     load_weights(model, folder / "model.safetensors")
+    if folder.name == "model":  # what people call classes that were found stands beside it
+        model.classes = called(model.classes, read_names(folder.parent))
     return model.eval().to(device)
 
 

@@ -23,10 +23,11 @@ from contralto.distributed import reduce_over_ranks
 from contralto.encoders.heads import dino_head
 from contralto.errors import UsageError
 from contralto.losses.pairs import nt_xent, sup_con
+from contralto.neighbors.knn import unit_rows
 from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
 
-__all__ = ["Discovered", "DiscoverySystem"]
+__all__ = ["Discovered", "DiscoverySystem", "nearest_prototypes"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int64]
@@ -55,6 +56,41 @@ class Discovered:
     prototypes: npt.NDArray[np.float32]
     temperature: float
     numbers: list[int]
+
+
+def nearest_prototypes(
+    features: Floats, prototypes: Floats, *, temperature: float, rows: int = 8192
+) -> tuple[Labels, npt.NDArray[np.float64]]:
+    """The prototype of the largest cosine, and how sure that is; blocks of rows at a time.
+
+    Parameters
+    ----------
+    features : array (N, F)
+        Scaled to length one here.
+    prototypes : array (K, F)
+        Unit rows.
+    temperature : float
+    rows : int
+        Of a block.
+
+    Returns
+    -------
+    tuple of array (N,)
+        Numbers of the prototypes, and the softmax of the cosines over the temperature there.
+
+    Examples
+    --------
+    >>> best, sure = nearest_prototypes(np.eye(2), np.eye(2), temperature=0.5)
+    >>> best.tolist(), sure.round(2).tolist()
+    ([0, 1], [0.88, 0.88])
+    """
+    best, sure = np.empty(len(features), np.int64), np.empty(len(features))
+    for start in range(0, len(features), rows):
+        part = slice(start, start + rows)
+        cosines = unit_rows(features[part]) @ prototypes.T
+        best[part] = cosines.argmax(1)
+        sure[part] = 1 / np.exp((cosines - cosines.max(1, keepdims=True)) / temperature).sum(1)
+    return best, sure
 
 
 class DiscoverySystem(EncoderSystem):

@@ -1,0 +1,1 @@
+"""Learning one task after another, and keeping the earlier ones."""
