@@ -2,11 +2,11 @@
 
     contralto reproduce susana
 
-Handwritten characters (Omniglot, 28 x 28): the 136 of Balinese, Early Aramaic, Greek, Korean and Latin are learnt from, the 106 of
-Japanese, Sanskrit and Tagalog are tested. Encoder: Conv-4, from scratch, no augmentation; episodes of 5 classes with 5 queries each,
-Adam at 1e-3 with a cosine: the pilot's recipe. All arms of a seed have the same first weights, episodes and steps, and are tested on
-the same 600 episodes of 5 classes with 15 queries, by the nearest prototype. What is compared is the accuracy on every new
-character, mean over its queries: a resample draws characters.
+Handwritten characters (Omniglot, 28 x 28): the 136 of Balinese, Early Aramaic, Greek, Korean and Latin are learnt from, the 106
+of Japanese, Sanskrit and Tagalog are tested. Encoder: Conv-4, from scratch, no augmentation; episodes of 5 classes with 5 queries
+each, Adam at 1e-3 with a cosine: the pilot's recipe. All arms of a seed have the same first weights, episodes and steps, and are
+tested on the same 600 episodes of 5 classes with 15 queries, by the nearest prototype. What is compared is the accuracy on every
+new character, mean over its queries: a resample draws characters.
 
 Arms differ in the terms of the loss, and in the support pictures of an episode of training and test (*five*: 5, else 1). *points*
 is another experiment: the ICNN loss alone moves 60 random points of three classes in R^8; leave-one-out nearest neighbours then
@@ -127,13 +127,12 @@ def run(
     pretrain(system, told, device=device)
     features = features_of(system, pictures[novel].expand(-1, 3, -1, -1))
     names = labels[novel].unique(return_inverse=True)[1].numpy()
-    found = {
+    return {
         name: few_shot_accuracy(
             features, names, way=WAY, shot=s, queries=15, episodes=int(budget["tested"]), seed=seed
         ).classes
         for name, s in (("one_shot", 1), ("five_shot", 5))
     }
-    return found
 
 
 def points(seed: int, *, lr: float = 0.2, steps: int = 100) -> dict[str, float]:

@@ -5,13 +5,15 @@ with bytes. Each is checked by its header before anything is decoded, mixed to o
 appended to `waves.npy` (16 bit), which is mapped into memory afterwards. What cannot be used is left out and listed.
 """
 
+import hashlib
 import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +22,29 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
+from contralto.data.dataset import Batch, Key
 from contralto.data.ingest import ROLES, clean_name, find_columns, label_name, unique_names
 from contralto.data.manifest import SKIPPED_SCHEMA
 from contralto.data.sources import Record, read_records
+from contralto.data.texts import PAD
 from contralto.errors import DataError, MissingExtraError, UsageError
 from contralto.files import naming, write_json
 
-__all__ = ["SoundError", "SoundInfo", "Sounds", "decode_sound", "load_sounds", "probe_sound", "read_sounds"]
+__all__ = [
+    "Ragged",
+    "SoundDataset",
+    "SoundError",
+    "SoundInfo",
+    "Sounds",
+    "decode_sound",
+    "load_sounds",
+    "probe_sound",
+    "read_sounds",
+]
 
 MAGIC = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "OGG"}
 MAX_BYTES = 64 * 2**20
@@ -131,6 +148,39 @@ def decode_sound(
     return np.asarray(np.clip(mono, -1.0, 1.0), np.float32)
 
 
+class Ragged(NamedTuple):
+    """Rows of different lengths in one array.
+
+    Attributes
+    ----------
+    flat : array (sum of lengths, ...)
+        All rows, one after the other; may be mapped from a file.
+    start, length : array (N,) int64
+        Where each lies.
+    """
+
+    flat: npt.NDArray[Any]
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+
+    def take(self, rows: npt.ArrayLike) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Some rows (B, T, ...), zeros behind their ends, and their lengths (B,).
+
+        Examples
+        --------
+        >>> Ragged(np.array([1, 2, 3]), np.array([0, 1]), np.array([1, 2])).take([1, 0])
+        (array([[2, 3],
+               [1, 0]]), array([2, 1]))
+        """
+        rows = np.asarray(rows, np.int64)
+        start, length = self.start[rows], self.length[rows]
+        place = np.arange(int(length.max(initial=0)))
+        there = place < length[:, None]
+        taken = self.flat[np.where(there, start[:, None] + place, 0)]
+        taken[~there] = 0
+        return taken, length
+
+
 @dataclass(frozen=True)
 class Sounds:
     """Recordings of one sampling rate.
@@ -168,14 +218,72 @@ class Sounds:
         """Length of every recording (N,)."""
         return self.column("samples") / self.rate
 
+    @cached_property
+    def ragged(self) -> Ragged:
+        """The recordings as rows of samples."""
+        return Ragged(self.wave, self.column("start"), self.column("samples"))
+
     def waves(self, rows: npt.ArrayLike) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Some recordings (B, T) in [-1, 1], zeros behind their ends, and how many samples each has (B,)."""
-        rows = np.asarray(rows, np.int64)
-        start, length = self.column("start")[rows], self.column("samples")[rows]
-        place = np.arange(int(length.max(initial=0)))
-        there = place < length[:, None]
-        taken = self.wave[np.where(there, start[:, None] + place, 0)]
-        return np.where(there, taken / np.float32(32768), np.float32(0)), length
+        taken, length = self.ragged.take(rows)
+        return np.asarray(taken / np.float32(32768), np.float32), length
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when recordings, texts, labels or classes change."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.rate]).encode())
+        for name in ("id", "label", "text", "split", "samples"):
+            digest.update(json.dumps(self.table.column(name).to_pylist()).encode())
+        digest.update(memoryview(np.ascontiguousarray(self.wave)))
+        return digest.hexdigest()[:16]
+
+
+class SoundDataset(Dataset[Batch]):
+    """Recordings a whole batch at a time, padded to the longest of it.
+
+    Parameters
+    ----------
+    read : function
+        Rows (B,) to sounds (B, T, ...) and their lengths (B,), such as `Sounds.waves` or `Ragged.take`.
+    fields : mapping of str to Tensor (N, ...)
+        What comes along with each row. Of `text`, rows of word numbers, what all of a batch have as padding is left out.
+    memory : sequence of int
+        Rows that are kept from earlier tasks: `replayed` says which of a batch are of these.
+
+    Notes
+    -----
+    Keys are the (epoch, row) pairs of the samplers; use with ``collate_fn=as_it_is``.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[npt.NDArray[np.int64]], tuple[npt.NDArray[Any], npt.NDArray[np.int64]]],
+        fields: Mapping[str, Tensor],
+        memory: npt.ArrayLike = (),
+    ) -> None:
+        self.read, self.fields = read, dict(fields)
+        self.memory = torch.from_numpy(np.asarray(memory, np.int64))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        epochs, rows = np.array(keys, np.int64).reshape(-1, 2).T
+        sounds, lengths = self.read(rows)
+        index = torch.from_numpy(rows.copy())
+        fields = {k: v[index] for k, v in self.fields.items()}
+        if "text" in fields:
+            fields["text"] = fields["text"][:, : int((fields["text"] != PAD).sum(1).max())]
+        return {
+            "sounds": torch.from_numpy(np.asarray(sounds, np.float32)),
+            "lengths": torch.from_numpy(lengths),
+            "index": index,
+            "epoch": torch.from_numpy(epochs.copy()),
+            "replayed": torch.isin(index, self.memory),
+            **fields,
+        }
+
+    def __getitem__(self, key: Key) -> Batch:
+        return {k: v[0] for k, v in self.__getitems__([key]).items()}
 
 
 def read_sounds(

@@ -236,8 +236,8 @@ class TaskSampler(Sampler[list[Key]]):
         Samples that are replayed.
     replayed : int
         How many of a batch come from the memory: every pass over the task then has as many batches as it needs for its own
-        samples, and the memory is gone through as often as that takes. 0 shuffles the memory among the samples of the task. Before
-        there is a memory, batches are full of the task.
+        samples, and the memory is gone through as often as that takes. 0 shuffles the memory among the samples of the task.
+        Before there is a memory, batches are full of the task.
     first_epoch : int
         Number of the first epoch in the stream, so that no two tasks share their order and views.
 
@@ -280,6 +280,11 @@ class TaskSampler(Sampler[list[Key]]):
         if not self.replayed:
             self.rows = np.concatenate([self.rows, self.memory])
         self.batch_size = min(batch_size - self.replayed, len(self.rows))  # of the task's own
+
+    @property
+    def sampler(self) -> "TaskSampler":
+        """Itself: trainers tell the epoch to the sampler of a batch sampler."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted within the task; the trainer calls it."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from contralto.data.sources import open_filesystem, read_lines, read_rows
 from contralto.errors import DataError, UsageError
 
-__all__ = ["END", "PAD", "START", "UNKNOWN", "Vocabulary", "read_texts"]
+__all__ = ["END", "PAD", "START", "UNKNOWN", "Characters", "Vocabulary", "read_texts"]
 
 PAD, START, END, UNKNOWN = range(4)
 TEXT_COLUMNS = ("text", "sentence", "caption", "title", "content")
@@ -99,6 +99,8 @@ class Vocabulary:
     ['a cat sat']
     """
 
+    between = " "
+
     def __init__(self, words: Sequence[str]) -> None:
         self.words = list(words)
         self._number = {word: i + 4 for i, word in enumerate(self.words)}
@@ -109,7 +111,7 @@ class Vocabulary:
     @classmethod
     def learn(cls, texts: Iterable[str], *, size: int = 10_000, least: int = 2) -> "Vocabulary":
         """The most frequent words: at most `size`, each `least` times or more; of equally frequent ones the first by alphabet."""
-        counts = Counter(word for text in texts for word in _split(text))
+        counts = Counter(word for text in texts for word in cls.split(text))
         counts.pop("<unk>", None)
         frequent = sorted((w for w, n in counts.items() if n >= least), key=lambda w: (-counts[w], w))[:size]
         if not frequent:
@@ -120,19 +122,44 @@ class Vocabulary:
         """Numbers (N, length) of words in lower case; cut to leave room for the end, then padded."""
         out = np.full((len(texts), length), PAD, np.int64)
         for row, text in zip(out, texts, strict=True):
-            numbers = [self._number.get(word, UNKNOWN) for word in _split(text)][: length - 1]
+            numbers = [self._number.get(word, UNKNOWN) for word in self.split(text)][: length - 1]
             row[: len(numbers) + 1] = [*numbers, END]
         return out
 
     def decode(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        """Words up to the end, with spaces between them."""
+        """Texts: what stands before the end, put together again."""
         names = ["", "", "", "<unk>", *self.words]
         texts = []
         for row in rows.tolist():
             kept = row[: row.index(END)] if END in row else row
-            texts.append(" ".join(names[n] for n in kept if n not in (PAD, START)))
+            texts.append(self.between.join(names[n] for n in kept if n not in (PAD, START)))
         return texts
 
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """The words and marks of a text, in lower case."""
+        return _WORD.findall(text.lower())
 
-def _split(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    def longest(self, texts: Iterable[str]) -> int:
+        """Places that the longest of some texts takes, its end included."""
+        return max((len(self.split(text)) for text in texts), default=0) + 1
+
+
+class Characters(Vocabulary):
+    """Characters by number: for few and short texts.
+
+    Examples
+    --------
+    >>> known = Characters.learn(["one", "two"], least=1)
+    >>> known.words
+    ['o', 'e', 'n', 't', 'w']
+    >>> known.decode(known.encode(["town"], length=6))
+    ['town']
+    """
+
+    between = ""
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """The characters of a text, in lower case."""
+        return list(text.lower())

@@ -132,8 +132,9 @@ class Wav2Vec2Encoder(AudioEncoder):
         local = Path(name).exists()
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=local)
+            config.apply_spec_augment = False  # its masks come from a global state; `AudioView` has masks of its own
             if pretrained:
-                model = AutoModel.from_pretrained(name, local_files_only=local, use_safetensors=True)
+                model = AutoModel.from_pretrained(name, config=config, local_files_only=local, use_safetensors=True)
             else:
                 model = AutoModel.from_config(config)
         except (OSError, ValueError) as error:

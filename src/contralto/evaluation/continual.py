@@ -5,7 +5,7 @@ a its entries; entries above the diagonal, of tasks that had not come yet, are N
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,49 @@ from scipy import sparse
 from contralto.errors import UsageError
 from contralto.evaluation.classification import Interval, group_numbers
 
-__all__ = ["SCORES", "accuracy_matrix", "average_accuracy", "backward_transfer", "continual_scores", "forgetting"]
+__all__ = [
+    "SCORES", "Protocols", "accuracy_matrix", "average_accuracy", "backward_transfer", "continual_scores", "forgetting",
+    "right_answers",
+]  # fmt: skip
 
 Matrix = npt.NDArray[np.float64]
 SCORES = ("average", "incremental", "last", "forgetting", "backward")
 """What `continual_scores` gives."""
+
+
+class Protocols(NamedTuple):
+    """Whether answers (N,) are right: without knowing the task of a sample, and knowing it."""
+
+    class_incremental: npt.NDArray[np.bool_]
+    task_incremental: npt.NDArray[np.bool_]
+
+
+def right_answers(
+    logits: npt.ArrayLike, labels: npt.ArrayLike, tasks: npt.ArrayLike, classes: Sequence[Sequence[int]]
+) -> Protocols:
+    """Answers to test samples by both protocols.
+
+    Parameters
+    ----------
+    logits : array (N, C)
+        Minus infinity for classes that have not come yet.
+    labels, tasks : array (N,)
+        Right class, and task, of every sample; those of task -1 are wrong.
+    classes : sequence of sequence of int
+        Classes of every task.
+
+    Examples
+    --------
+    >>> right_answers([[1.0, 0.0, 2.0]], [0], [0], [[0, 1], [2]])
+    Protocols(class_incremental=array([False]), task_incremental=array([ True]))
+    """
+    scores, label, task = np.asarray(logits), np.asarray(labels), np.asarray(tasks)
+    of_task = np.zeros((len(classes) + 1, scores.shape[1]), bool)  # the last row is that of samples without a task
+    for number, group in enumerate(classes):
+        of_task[number, list(group)] = True
+    within = np.where(of_task[task], scores, -np.inf)
+    answered = (task >= 0) & np.isfinite(scores[np.arange(len(label)), label])
+    return Protocols(answered & (scores.argmax(1) == label), answered & (within.argmax(1) == label))
 
 
 def accuracy_matrix(right: Sequence[npt.ArrayLike], tasks: npt.ArrayLike) -> Matrix:

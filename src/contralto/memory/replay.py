@@ -41,7 +41,8 @@ def closest_to_mean(features: Tensor, count: int) -> Tensor:
 def barycenter(features: Tensor, count: int, *, iterations: int = 1000) -> Tensor:
     """Herding (Welling 2009; iCaRL, Rebuffi et al. 2017, by dot products): rows whose mean stays close to that of all.
 
-    With unit rows u and their mean m, w begins as m; each turn takes ``j = argmax w u_j`` if it is new, and moves w by ``m - u_j``.
+    With unit rows u and their mean m, w begins as m; each turn takes ``j = argmax w u_j`` if it is new, and moves w by
+    ``m - u_j``.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ class MultiViewCCA(BaseEstimator):  # type: ignore[misc]
     >>> views = [np.hstack([shared, rng.normal(size=(100, 2))]), np.hstack([rng.normal(size=(100, 1)), -shared])]
     >>> cca = MultiViewCCA().fit(views)
     >>> cca.eigenvalues_.round(1)[:2], [x.shape for x in cca.transform(views)]
-    (array([2. , 1.3]), [(100, 5), (100, 5)])
+    (array([2. , 1.4]), [(100, 5), (100, 5)])
     """
 
     def __init__(self, regulariser: float = 1e-4, power: float = 4.0, components: int | None = None) -> None:

@@ -116,7 +116,8 @@ def nearest_others(rows: Array, nodes: Array, k: int) -> Any:
     Returns
     -------
     scipy.sparse.csr_array (M, N)
-        Gaussian similarities to the `k` nearest nodes; the bandwidth is the median squared distance of all pairs.
+        Gaussian similarities to the `k` nearest nodes; the bandwidth is the median squared distance of all pairs of nodes, so
+        that a row's neighbours do not depend on the other rows.
 
     Examples
     --------
@@ -125,7 +126,7 @@ def nearest_others(rows: Array, nodes: Array, k: int) -> Any:
     """
     if not 1 <= k <= len(nodes):
         raise UsageError(f"k must be between 1 and the number of nodes, {len(nodes)}; got {k}")
-    similarity = _similarity(rows, nodes, _median(rows, nodes))
+    similarity = _similarity(rows, nodes, _median(nodes, nodes))
     return _largest(similarity, np.full(len(rows), k), (len(rows), len(nodes)))
 
 
@@ -148,7 +149,7 @@ def view_agreement(views: Sequence[Array], *, outliers: bool = False) -> Array:
     --------
     >>> x = np.eye(3)
     >>> view_agreement([x, x[[0, 2, 1]], x[[0, 2, 1]]]).round(2).tolist()
-    [0.25, 0.38, 0.38]
+    [0.2, 0.4, 0.4]
     """
     m = len(views)
     shared = np.zeros((m, m))
@@ -310,7 +311,7 @@ def _keep(keep: npt.ArrayLike, n: int) -> npt.NDArray[np.int64]:
     counts = np.broadcast_to(np.asarray(keep), (n,))
     if not np.issubdtype(counts.dtype, np.integer) or (n and counts.min() < 1):
         raise UsageError(f"every node must keep a whole number of neighbours, at least 1; got {keep!r}")
-    return np.minimum(counts, max(n - 1, 1)).astype(np.int64)
+    return np.asarray(np.minimum(counts, max(n - 1, 1)), np.int64)
 
 
 def _nearest(

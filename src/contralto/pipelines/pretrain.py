@@ -163,7 +163,10 @@ class Pretraining:
         if self.arguments["devices"] != 1:
             raise UsageError("this job trains on one device; the system runs on several under a Trainer of your own")
         self.console = Console(stderr=True, quiet=not progress)
-        told = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())}
+        told = {
+            k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v  # as JSON gives it back
+            for k, v in sorted(self.arguments.items())
+        }
         claim_run(out, self.name, data, told)
         if (out / "seconds.json").exists():
             with naming(out / "seconds.json"):
@@ -303,14 +306,14 @@ class Pretraining:
     def train(self, module: EncoderSystem, folder: Path) -> None:
         """Train, or load or continue what the folder holds."""
         a = self.arguments
-        done = (folder / "done.json").exists()
-        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{module.epochs} epochs'}")
+        done, epochs = (folder / "done.json").exists(), module.total_steps // module.steps_per_epoch
+        self.console.print(f"[bold]{folder.name}[/bold]  {'done before' if done else f'{epochs} epochs'}")
         started = time.perf_counter()
         fit_stage(
             module,
             None if done else self.loader(module),
             folder,
-            epochs=module.epochs,
+            epochs=epochs,
             fingerprint=self.fingerprint,
             checkpoint_every=a["checkpoint_every"],
             progress=self.progress,

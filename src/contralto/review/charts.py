@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["bar_pairs", "curve", "heat_map", "scatter"]
+__all__ = ["bar_pairs", "curve", "heat_map", "scatter", "share_map"]
 
 Point = tuple[float, float]
 
@@ -114,6 +114,39 @@ def heat_map(matrix: Sequence[Sequence[int]], rows: Sequence[str], columns: Sequ
                 f'<rect class="cell" x="{left + j * cell}" y="{top + i * cell}" width="{cell - 2}" height="{cell - 2}" '
                 f'fill-opacity="{strength:.2f}" data-row="{i}" data-column="{j}" tabindex="{0 if value else -1}">'
                 f"<title>{escape(name)} → {escape(columns[j])}: {value}</title></rect>"
+            )
+    return _svg(width, height, "".join(parts), label)
+
+
+def share_map(
+    matrix: Sequence[Sequence[float | None]], rows: Sequence[str], columns: Sequence[str], *, label: str
+) -> str:
+    """Shares in [0, 1] as squares with the number in them; None stays empty.
+
+    Examples
+    --------
+    >>> ">50<" in share_map([[0.5, None]], ["a"], ["b", "c"], label="accuracy")
+    True
+    """
+    cell, left, top = 36, 150, 90
+    width, height = left + cell * len(columns) + 60, top + cell * len(rows) + 8
+    parts = []
+    for j, name in enumerate(columns):
+        x = left + j * cell + cell // 2
+        parts.append(
+            f'<text class="tick" x="{x}" y="{top - 6}" transform="rotate(-40 {x} {top - 6})">{escape(name[:18])}</text>'
+        )
+    for i, name in enumerate(rows):
+        y = top + i * cell
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 22}" text-anchor="end">{escape(name[:22])}</text>')
+        for j, value in enumerate(matrix[i]):
+            if value is None:
+                continue
+            x = left + j * cell
+            parts.append(
+                f'<rect class="share" x="{x}" y="{y}" width="{cell - 2}" height="{cell - 2}" '
+                f'fill-opacity="{0.04 + 0.66 * value:.2f}"><title>{escape(name)}, {escape(columns[j])}: {value:.1%}</title>'
+                f'</rect><text class="name" x="{x + cell // 2 - 1}" y="{y + 22}" text-anchor="middle">{100 * value:.0f}</text>'
             )
     return _svg(width, height, "".join(parts), label)
 

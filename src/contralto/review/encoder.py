@@ -16,7 +16,7 @@ from contralto.review.charts import curve, scatter
 from contralto.review.report import page_assets, render, safe_json, sheets_of, thumbnail_of
 from contralto.systems.registry import SYSTEMS
 
-__all__ = ["write_encoder_report"]
+__all__ = ["enlarged", "write_encoder_report"]
 
 NEIGHBOURS = 24
 
@@ -78,7 +78,7 @@ def write_encoder_report(
         "map": _map(embeddings, labels, classes, seed),
         "curves": _curves(run / "training" / "metrics.jsonl"),
     }
-    sheets = sheets_of([thumbnail_of(_enlarged(p, thumbnail), thumbnail) for p in pictures], thumbnail, 70)
+    sheets = sheets_of([thumbnail_of(enlarged(p, thumbnail), thumbnail) for p in pictures], thumbnail, 70)
     html = render(
         "report_encoder",
         page,
@@ -91,7 +91,7 @@ def write_encoder_report(
     return target
 
 
-def _enlarged(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+def enlarged(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
     """A small picture, by whole pixels."""
     times = max(side // max(picture.shape[:2]), 1)
     return picture.repeat(times, 0).repeat(times, 1)

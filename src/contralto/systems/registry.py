@@ -203,6 +203,134 @@ SYSTEMS: dict[str, System] = {
             data="images with one of two labels: background and target",
         ),
         System(
+            name="protogcd",
+            title="ProtoGCD",
+            problem="new classes among images of which some have labels; how many, and which",
+            data="images, some with the label of an old class",
+            paper="ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, "
+            "TPAMI 2025, arXiv 2504.03755",
+            path="contralto.systems.discovery.protogcd:ProtoGCD",
+            job="contralto.pipelines.discovery:Discovery",
+        ),
+        *(
+            System(
+                name=name,
+                title=title,
+                problem="new classes among images of which some have labels; how many, and which",
+                data="images, some with the label of an old class",
+                paper=paper,
+                path=f"contralto.systems.discovery.{name}:{title}",
+                job="contralto.pipelines.discovery:Discovery",
+            )
+            for name, title, paper in (
+                (
+                    "protogcd",
+                    "ProtoGCD",
+                    "ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, "
+                    "TPAMI 2025, arXiv 2504.03755",
+                ),
+                (
+                    "gpc",
+                    "GPC",
+                    "Learning Semi-supervised Gaussian Mixture Models for Generalized Category Discovery, "
+                    "ICCV 2023, arXiv 2305.06144",
+                ),
+            )
+        ),
+        *(
+            System(
+                name=name,
+                title=title,
+                problem=problem,
+                data="images with labels",
+                paper=paper,
+                path=f"contralto.systems.continual.{path}",
+                job="contralto.pipelines.continual:Continual",
+            )
+            for name, title, path, problem, paper in (
+                (
+                    "prd",
+                    "PRD",
+                    "prd:PRD",
+                    "classes learnt task by task, of which no sample is kept",
+                    "Prototype-Sample Relation Distillation: Towards Replay-Free Continual Learning, "
+                    "ICML 2023, arXiv 2303.14771",
+                ),
+                (
+                    "lwf",
+                    "LwF",
+                    "baselines:LwF",
+                    "classes learnt task by task, by the answers of the model before",
+                    "Learning without Forgetting, ECCV 2016, arXiv 1606.09282",
+                ),
+                (
+                    "replay",
+                    "replay",
+                    "baselines:Replay",
+                    "classes learnt task by task, with a few samples of those before",
+                    "On Tiny Episodic Memories in Continual Learning, 2019, arXiv 1902.10486",
+                ),
+                (
+                    "finetune",
+                    "fine-tuning task by task",
+                    "baselines:FineTuning",
+                    "what is forgotten if nothing is done about it",
+                    "lower bound of continual learning",
+                ),
+                (
+                    "joint",
+                    "joint training",
+                    "baselines:Joint",
+                    "what could be known if all samples were kept",
+                    "upper bound of continual learning",
+                ),
+            )
+        ),
+        *(
+            System(
+                name=name,
+                title=title,
+                problem=problem,
+                data="images with labels, of which some classes are kept for testing",
+                paper=paper,
+                path=f"contralto.systems.fewshot.{path}",
+                job="contralto.pipelines.fewshot:FewShotJob",
+            )
+            for name, title, path, problem, paper in (
+                (
+                    "susana",
+                    "SuSana",
+                    "susana:SuSana",
+                    "encoder for new classes of which a few images are known, with margins between classes",
+                    "SuSana Distancia is all you need: Enforcing class separability in metric learning via two novel "
+                    "distance-based loss functions for few-shot image classification, 2023, arXiv 2305.09062",
+                ),
+                (
+                    "protonet",
+                    "prototypical network",
+                    "protonet:ProtoNet",
+                    "encoder for new classes of which a few images are known",
+                    "Prototypical Networks for Few-shot Learning, NeurIPS 2017, arXiv 1703.05175",
+                ),
+                (
+                    "base_classifier",
+                    "classifier of base classes",
+                    "base_classifier:BaseClassifier",
+                    "encoder for new classes, learnt by classifying others",
+                    "A Closer Look at Few-shot Classification, ICLR 2019, arXiv 1904.04232",
+                ),
+            )
+        ),
+        System(
+            name="tmv_hlp",
+            title="TMV-HLP",
+            problem="classes of all unlabelled images at once, from a few labelled ones or from words",
+            data="images, a few of each class with labels; or names and definitions of the classes",
+            paper="Transductive Multi-view Zero-Shot Learning, TPAMI 2015, arXiv 1501.04560",
+            path="contralto.systems.zeroshot.tmv_hlp:TMVHLP",
+            job="contralto.pipelines.transductive:Transductive",
+        ),
+        System(
             name="sentence-mim",
             title="SentenceMIM",
             problem="encoder and writer of sentences, from texts alone",

@@ -7,18 +7,22 @@ function of (seed, epoch, sample index, view), as for pictures (`views.batched`)
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.special import ndtri
 from torch import Tensor
 from torch.nn import functional as F
 
-from contralto.errors import UsageError
+from contralto.data.sounds import Ragged, Sounds
+from contralto.errors import DataError, UsageError
+from contralto.files import naming, write_atomically
 from contralto.views.batched import uniforms
 
-__all__ = ["AudioView", "LogMel", "draw_audio", "frames_there", "mel_filters", "normalize_waves"]
+__all__ = ["AudioView", "LogMel", "draw_audio", "frames_there", "mel_filters", "normalize_waves", "spectrograms"]
 
 FLOOR = 1e-6
 """Smallest power of a band: quieter than the last bit of a 16 bit recording."""
@@ -157,6 +161,59 @@ class LogMel:
             variance = (centred.square() * there).sum((1, 2), keepdim=True) / (total * self.mels)
             logs = centred / (variance + 1e-5).sqrt()
         return logs * there, frames
+
+
+def spectrograms(sounds: Sounds, form: LogMel, cache: str | Path | None = None, *, block: int = 256) -> Ragged:
+    """The log-mel spectrograms of all recordings, computed once.
+
+    Parameters
+    ----------
+    sounds : Sounds
+    form : LogMel
+        For their sampling rate.
+    cache : path, optional
+        A file (`.npy`) that is made where it is missing and mapped into memory; without it they are held there.
+    block : int
+        Recordings that are transformed at a time.
+
+    Raises
+    ------
+    DataError
+        If the file is of other recordings.
+    """
+    if form.rate != sounds.rate:
+        raise UsageError(f"the recordings have {sounds.rate} samples a second, the spectrograms are for {form.rate}")
+    length = form.lengths(torch.from_numpy(sounds.column("samples").copy())).numpy()
+    start = length.cumsum() - length
+    shape = (int(length.sum()), form.mels)
+    if cache is None:
+        return Ragged(_transform(sounds, form, np.empty(shape, np.float32), block), start, length)
+    path = Path(cache)
+    if not path.exists():
+
+        def write(part: Path) -> None:
+            flat = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+            _transform(sounds, form, flat, block)
+            flat.flush()
+
+        write_atomically(path, write)
+    with naming(path):
+        flat = np.load(path, mmap_mode="r", allow_pickle=False)
+    if flat.shape != shape or flat.dtype != np.float32:
+        raise DataError(f"holds {flat.shape} frames, not {shape}: remove it, so that it is made again", file=str(path))
+    return Ragged(flat, start, length)
+
+
+def _transform(sounds: Sounds, form: LogMel, flat: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
+    """Fill an array (all frames, mels)."""
+    end = 0
+    for first in range(0, len(sounds), block):
+        waves, samples = sounds.waves(np.arange(first, min(first + block, len(sounds))))
+        found, frames = form(torch.from_numpy(waves), torch.from_numpy(samples))
+        rows = found[frames_there(frames, found.shape[1])].numpy()
+        flat[end : end + len(rows)] = rows
+        end += len(rows)
+    return flat
 
 
 @dataclass(frozen=True)

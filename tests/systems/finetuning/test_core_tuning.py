@@ -34,7 +34,7 @@ def test_a_step_of_fine_tuning_is_cross_entropy_and_contrast():
     torch.testing.assert_close(system.step(batch)["loss"], ce + 0.5 * con)
     plain = steps.build("finetuning")
     assert "contrast" not in plain.step(batch)
-    assert sorted(dict(plain.named_parameters())) == ["classifier.weight", "encoder.0.bias", "encoder.0.weight"]
+    assert sorted(dict(plain.named_parameters())) == ["classifier.weight", "encoder.2.bias", "encoder.2.weight"]
     torch.testing.assert_close(plain.step(batch)["loss"], ce)
 
 
@@ -81,7 +81,7 @@ def test_the_classifier_learns_from_unmixed_rows_and_the_encoder_does_not():
     for learn in (False, True):
         system = steps.build("core_tuning", learn_original=learn)
         system.step(batch)["loss"].backward()
-        grads.append((system.encoder[0].weight.grad.clone(), system.classifier.weight.grad.clone()))
+        grads.append((system.encoder[2].weight.grad.clone(), system.classifier.weight.grad.clone()))
     torch.testing.assert_close(grads[0][1], grads[1][1])
     assert not torch.allclose(grads[0][0], grads[1][0])
     assert all((g[0] != 0).all() for g in grads)

@@ -7,8 +7,7 @@ everything in the batch as the model sees it now (NSPT: negatives of the student
 
 Continual Contrastive Spoken Language Understanding, Cappellazzo et al., ACL Findings 2024, arXiv 2310.02699. No code of the
 method was released: weights and temperature of the losses, the projections and whether an anchor's own teacher row is one of its
-positives (it is, here) are this library's reading of the paper. Equal texts are positives of each other by default: with a
-closed vocabulary they would be false negatives.
+positives (it is, here) are this library's reading of the paper.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ from contralto.distributed import gather_rows, mean_weight
 from contralto.encoders.audio import AudioEncoder, mean_over_time
 from contralto.encoders.seq2seq import SequenceDecoder
 from contralto.errors import UsageError
+from contralto.losses.distillation import feature_distance, soft_targets
 from contralto.losses.teacher_student import Source, audio_text, teacher_student
-from contralto.memory.replay import Rule
+from contralto.memory.replay import ReplayMemory, Rule
 from contralto.memory.teacher import Teacher
 from contralto.systems.base import Optimizer
 from contralto.systems.continual.base import ContinualSystem
@@ -49,6 +49,8 @@ class COCONUT(ContinualSystem):
         Size of the vocabulary of texts, with padding, start and end.
     encoder_lr : float, optional
         Rate of the encoder, where it is another one: a smaller one for an encoder that was trained before.
+    fixed_quota : bool
+        Keep ``memory_size // num_classes`` of every class from the first task on; else ``memory_size //`` classes so far.
     dim : int
         Width of the projections.
     temperature : float
@@ -62,8 +64,9 @@ class COCONUT(ContinualSystem):
         See there.
     mm_on : {"new", "all"}
         Whether MM is over the samples of the task, or also over those of the memory.
-    shared_text : {"multi_positive", "ignore"}
-        Whether equal texts are positives of each other, or negatives.
+    shared_text : {"multi_positive", "summed", "ignore"}
+        Whether equal texts are positives of each other, pooled by the mean of logarithms, or (beyond the paper) by the logarithm
+        of their sum; see `contralto.losses.teacher_student.audio_text`.
     distillation : {"none", "token", "sequence", "features"}
         What else the last model says of the replayed samples: its distribution of every word of the right text, the text that it
         writes (by beam search) in place of the right one, or its features.
@@ -124,6 +127,7 @@ class COCONUT(ContinualSystem):
         decay: float = 0.1,
         memory_size: int = 20,
         memory_rule: Rule = "random",
+        fixed_quota: bool = False,
         replayed: int = 0,
         dim: int = 512,
         temperature: float = 0.1,
@@ -134,7 +138,7 @@ class COCONUT(ContinualSystem):
         negatives: Literal["all", "new_only"] = "all",
         include_self_positive: bool = True,
         mm_on: Literal["new", "all"] = "new",
-        shared_text: Literal["multi_positive", "ignore"] = "multi_positive",
+        shared_text: Literal["multi_positive", "summed", "ignore"] = "multi_positive",
         distillation: Distillation = "none",
         distillation_weight: float = 0.5,
         smoothing: float = 0.1,
@@ -160,10 +164,12 @@ class COCONUT(ContinualSystem):
             extra_epochs=extra_epochs, milestones=milestones, decay=decay, memory_size=memory_size, memory_rule=memory_rule,
             replayed=replayed,
         )  # fmt: skip
+        if self.memory is not None and fixed_quota:
+            self.memory = ReplayMemory(memory_size, rule=memory_rule, num_classes=num_classes, seed=seed)
         if min(nspt_weight, mm_weight, distillation_weight) < 0 or not 0 <= smoothing < 1:
             raise UsageError("weights of losses must be at least 0, and smoothing in [0, 1)")
         for name, value, known in (
-            ("mm_on", mm_on, ("new", "all")), ("shared_text", shared_text, ("multi_positive", "ignore")),
+            ("mm_on", mm_on, ("new", "all")), ("shared_text", shared_text, ("multi_positive", "summed", "ignore")),
             ("distillation", distillation, get_args(Distillation)),
         ):  # fmt: skip
             if value not in known:
@@ -213,10 +219,9 @@ class COCONUT(ContinualSystem):
         if not self.mm_weight:
             return audio.new_zeros(())
         texts = self.text_head(self.decoder.text_mean(text))
-        which = None
-        if self.shared_text == "multi_positive":
-            which = text_numbers(text)[rows]
-        return audio_text(audio[rows], texts[rows], which, temperature=self.temperature, gather="all")
+        which = None if self.shared_text == "ignore" else text_numbers(text)[rows]
+        pooled: Literal["mean", "sum"] = "sum" if self.shared_text == "summed" else "mean"
+        return audio_text(audio[rows], texts[rows], which, pooled=pooled, temperature=self.temperature, gather="all")
 
     def _of_last_model(
         self,
@@ -275,17 +280,14 @@ class COCONUT(ContinualSystem):
         if not len(theirs):
             return {"distilled": ours.sum() * mean_weight(torch.tensor(0, device=ours.device))}
         if self.distillation == "features":
-            there = frames_there(frames, ours.shape[1]).unsqueeze(2)
-            width = min(ours.shape[1], theirs.shape[1])
-            difference = ((ours[:, :width] - theirs[:, :width]).square() * there[:, :width]).sum()
-            count = frames.sum() * ours.shape[2]
-            return {"distilled": difference / count.clamp_min(1) * mean_weight(count)}
-        right = text[replayed]
-        there = right != PAD
-        target = self.teacher("decoder", theirs, long, right).softmax(2)
-        log = self.decoder(ours, frames, right).log_softmax(2)
-        divergence = F.kl_div(log, target, reduction="none").sum(2)
-        return {"distilled": (divergence * there).sum() / there.sum().clamp_min(1) * mean_weight(there.sum())}
+            there = frames_there(frames, theirs.shape[1])
+            loss = feature_distance(ours[:, : theirs.shape[1]], theirs, mask=there)
+        else:
+            right = text[replayed]
+            there = right != PAD
+            said = self.teacher("decoder", theirs, long, right)
+            loss = soft_targets(self.decoder(ours, frames, right), said, mask=there)
+        return {"distilled": loss * mean_weight(there.sum())}
 
     def end_task(
         self, index: Tensor | None = None, labels: Tensor | None = None, features: Tensor | None = None

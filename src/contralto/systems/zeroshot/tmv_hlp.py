@@ -12,6 +12,7 @@ the best iteration by the test labels); the prior of the views is 1 for all unle
 one data set); memberships below zero count as none (`clip`).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -91,12 +92,12 @@ class TMVHLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Examples
     --------
     >>> from sklearn.datasets import load_digits
+    >>> from contralto.encoders.described import describe
     >>> x, y = load_digits(return_X_y=True)
-    >>> x, y = x[:200], y[:200]
-    >>> few = np.where(np.arange(200) < 30, y, -1)  # labels of the first thirty
-    >>> model = TMVHLP(k=10, hyper_k=10, times=3, hyper_times=3, standardise="none")
-    >>> found = model.fit_predict([x, np.abs(np.fft.fft2(x.reshape(-1, 8, 8))).reshape(-1, 64)[:, 1:20]], few)
-    >>> bool((found == y)[30:].mean() > 0.8)
+    >>> views = [describe(x[:300].reshape(-1, 8, 8), name) for name in ("pixels", "fourier", "gradients")]
+    >>> few = np.where(np.arange(300) < 30, y[:300], -1)  # labels of the first thirty
+    >>> model = TMVHLP(k=10, hyper_k=10, times=3, hyper_times=3, standardise="all")
+    >>> bool((model.fit_predict(views, few) == y[:300])[30:].mean() > 0.85)
     True
     """
 
@@ -173,6 +174,12 @@ class TMVHLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._standardise(views)
         views = self._standardised(views)
         if self.embed:
+            if sum(self.widths_) >= n and self.regulariser < 0.01:
+                warnings.warn(
+                    f"the views have {sum(self.widths_)} columns for {n} samples: they agree by chance in the common space. "
+                    f"Take fewer columns, or a larger regulariser (1 for standardised columns)",
+                    stacklevel=2,
+                )
             self.cca_ = MultiViewCCA(self.regulariser, self.power, self.components).fit(views)
         elif len({x.shape[1] for x in views}) > 1 and self.pairwise < 1 and not self.homogeneous:
             raise UsageError(
@@ -199,7 +206,8 @@ class TMVHLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Classes (M,) of samples that were not there, from the nearest ones that were."""
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(1)])
+        found = self.predict_proba(X).argmax(1)
+        return np.asarray(self.classes_[found])
 
     def predict_proba(self, X: Any) -> Array:
         """Shares (M, C) of the classes among the nearest nodes of new samples, weighed by likeness and agreement of the views."""

@@ -1,0 +1,446 @@
+"""A stream of tasks over a run folder: learn one after the other, and see after each what is still known of those before.
+
+    contralto fit prd PICTURES --tasks 5 --out RUN
+
+The run folder holds `manifest/`, `tasks/task1`, ... (a training each, and `answers.parquet`: what the learner said of the test
+pictures of all tasks so far), `model/` (all classes, for `contralto predict`), `encoder/`, `metrics.json` (the accuracy matrices,
+and what is read off them) and `report.html`. An interrupted stream goes on where it stopped, within a task too, with the same
+result.
+"""
+
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from contralto.data.canvas import CanvasDataset
+from contralto.data.ingest import ingest
+from contralto.data.manifest import Manifest
+from contralto.data.tasks import Task, TaskSampler, split_by_class, split_by_domain, split_by_drift, task_of_samples
+from contralto.encoders.features import device_of
+from contralto.encoders.image import save_encoder
+from contralto.encoders.pictures import PictureReader, picture_blocks
+from contralto.errors import DataError, UsageError
+from contralto.evaluation.classification import Interval, accuracy_interval, group_numbers
+from contralto.evaluation.continual import accuracy_matrix, continual_scores, right_answers
+from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
+from contralto.pipelines.embedding import CROP
+from contralto.pipelines.pretrain import Pretraining
+from contralto.review.continual import PROTOCOLS, write_continual_report
+from contralto.systems.base import EncoderSystem
+from contralto.systems.classifier import Classifier, load
+from contralto.systems.continual.base import ContinualSystem
+from contralto.systems.registry import SYSTEMS
+from contralto.views.image import EvalView
+
+__all__ = ["Continual", "held_out"]
+
+Array = npt.NDArray[Any]
+SCORES = {
+    "average": "accuracy, mean over tasks", "incremental": "accuracy, mean over the stream", "forgetting": "forgetting",
+    "backward": "backward transfer",
+}  # fmt: skip
+
+
+def held_out(
+    kinds: npt.ArrayLike, share: float, *, groups: Array | None = None, seed: int = 0
+) -> npt.NDArray[np.bool_]:
+    """Which samples are kept for testing: a share of every kind, drawn by the seed.
+
+    Parameters
+    ----------
+    kinds : array (N,) of integers
+        Class of every sample, or class and domain in one number.
+    share : float
+    groups : array (N,), optional
+        Samples of one group stay together, and the share then holds for groups; "" and None stand alone.
+    seed : int
+
+    Examples
+    --------
+    >>> held = held_out([0] * 10 + [1] * 20, 0.2)
+    >>> held[:10].sum(), held[10:].sum()
+    (2, 4)
+    """
+    kind = np.asarray(kinds)
+    number = group_numbers(len(kind), groups)
+    drawn = np.random.default_rng([seed, 24]).random(int(number.max()) + 1)[number]
+    if len(np.unique(number)) < len(number):
+        return drawn < share
+    order = np.lexsort((drawn, kind))
+    _, first, count = np.unique(kind[order], return_index=True, return_counts=True)
+    place = np.arange(len(kind)) - np.repeat(first, count)
+    held = np.empty(len(kind), bool)
+    held[order] = place < np.repeat(np.round(share * count), count)
+    return held
+
+
+class Continual(Pretraining):
+    """The job behind ``contralto fit`` for one system that learns task by task."""
+
+    def fit(
+        self,
+        data: str,
+        out: str | Path,
+        *,
+        tasks: int = 5,
+        split_by: Literal["class", "domain", "drift"] = "class",
+        shuffle_classes: bool = True,
+        drift_width: float = 0.5,
+        test_share: float = 0.2,
+        **rest: Any,
+    ) -> Path:
+        """Learn labelled pictures in a stream of tasks, and measure after each what is known of all so far.
+
+        Parameters
+        ----------
+        data : str
+            Labelled pictures. Those of the split `test` are for testing; without any, a share of every class is kept for it.
+        out : path
+            Run folder. Called again with the same arguments, the job continues where it stopped.
+        tasks : int
+            How many; "domain" has one for every domain.
+        split_by : {"class", "domain", "drift"}
+            New classes in every task; the same classes in another domain, which is what `group_column` says; or classes that come
+            and go gradually, without a boundary that the learner could see.
+        shuffle_classes : bool
+            Draw the order of classes or domains by the seed; else that of their numbers or names.
+        drift_width : float
+            Of "drift": deviation of the time at which a picture comes, in lengths of a task.
+        test_share : float
+            Share that is kept for testing where the data has no split `test`.
+        **rest
+            Arguments of `Pretraining.fit` and of the system.
+
+        Returns
+        -------
+        Path
+            The run folder.
+
+        Raises
+        ------
+        UsageError
+            If arguments do not fit, or the folder belongs to another job.
+        DataError
+            If pictures lack labels, or a task has too few.
+        """
+        own = {k: v for k, v in locals().items() if k in self.own_parameters()}
+        return super().fit(data, out, **own, **rest)
+
+    # Data.
+
+    def ingest(self) -> None:
+        """Read the pictures, keep those for testing apart, and cut the others into tasks.
+
+        Raises
+        ------
+        UsageError
+            If the pictures cannot be cut so.
+        DataError
+            If a task has too few pictures to learn from or to test.
+        """
+        super().ingest()
+        a = self.arguments
+        if not 0 < a["test_share"] < 1:
+            raise UsageError(f"test_share must be between 0 and 1, got {a['test_share']}")
+        labels = self.manifest.right_labels
+        groups = self.manifest.column("group").astype(str)
+        domains = groups if a["split_by"] == "domain" else None
+        if domains is not None and np.isin(domains[self.rows], ["", "None"]).any():
+            raise DataError("pictures without a domain: name its column with --group_column", file=self.data)
+        wanted, tested = self.manifest.split_of()
+        if wanted is None:
+            kinds = np.unique(np.stack([groups, labels.astype(str)]), axis=1, return_inverse=True)[1].reshape(-1)
+            held = held_out(
+                kinds if domains is not None else labels, a["test_share"],
+                groups=None if domains is not None else groups, seed=a["seed"],
+            )  # fmt: skip
+            tested, self.rows = held & np.isin(np.arange(len(held)), self.rows), self.rows[~held[self.rows]]
+            self.labels = self.manifest.labels.astype(np.int64)[self.rows]
+        self.tasks = self.cut(None if domains is None else domains[self.rows])
+        self.test_rows = np.flatnonzero(tested & (labels >= 0))
+        of_task = task_of_samples(self.tasks, labels, domains)[self.test_rows]
+        self.test_rows, self.test_tasks = self.test_rows[of_task >= 0], of_task[of_task >= 0]
+        self.test_labels, self.test_groups = labels[self.test_rows], groups[self.test_rows]
+        for number, task in enumerate(self.tasks):
+            learnt, test = len(task.rows), int((self.test_tasks == number).sum())
+            if learnt < 2 or not test:
+                raise DataError(
+                    f"{task.name} has {learnt} pictures to learn from and {test} to test, and needs 2 and 1: fewer --tasks, or "
+                    f"another --test_share",
+                    file=self.data,
+                )
+        sizes = [len(t.rows) for t in self.tasks]
+        self.console.print(
+            f"  {len(self.tasks)} tasks of {min(sizes)} to {max(sizes)} pictures, {len(self.test_rows)} to test",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def cut(self, domains: Array | None) -> list[Task]:
+        """The tasks, from the pictures to learn from and their domains."""
+        a = self.arguments
+        seed = a["seed"] if a["shuffle_classes"] else None
+        if domains is not None:
+            return split_by_domain(self.labels, domains, seed=seed)
+        if a["split_by"] == "drift":
+            return split_by_drift(self.labels, a["tasks"], width=a["drift_width"], seed=a["seed"])
+        return split_by_class(self.labels, a["tasks"], seed=seed)
+
+    # Training.
+
+    def learn(self) -> ContinualSystem:
+        """All tasks, one after the other; those that are done are not done again."""
+        module = self.build()
+        assert isinstance(module, ContinualSystem)
+        self._of_data = self.fingerprint
+        for number in range(self._go_on(module), len(self.tasks)):
+            self.learn_task(module, number)
+        return module
+
+    def learn_task(self, module: ContinualSystem, number: int) -> None:
+        """Train on a task, end it, and ask for what is known of all tasks so far."""
+        task, folder = self.tasks[number], self.folder(number)
+        rows = np.concatenate([t.rows for t in self.tasks[: number + 1]]) if module.keeps_all else task.rows
+        memory: Array = np.zeros(0, np.int64) if module.memory is None else module.memory.index.cpu().numpy()
+        self.sampler = TaskSampler(
+            rows, self.arguments["batch_size"], seed=self.arguments["seed"], memory=memory, replayed=module.replayed,
+            first_epoch=number * self.arguments["epochs"] + bool(number) * module.extra_epochs,
+        )  # fmt: skip
+        module.begin_task(np.unique(self.labels[task.rows]).tolist(), steps_per_epoch=len(self.sampler))
+        self.replayed = torch.zeros(len(self.labels), dtype=torch.bool)
+        self.replayed[torch.from_numpy(memory)] = True
+        text = f"{self._of_data} {number}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.train(module, folder)
+        started = time.perf_counter()
+        index, labels = torch.from_numpy(task.rows), torch.from_numpy(self.labels[task.rows])
+        features = self.embed(module, self.rows[task.rows]) if module.wants_features else None
+        module.end_task(index, labels, features)
+        save_weights(module, folder / "state.safetensors")
+        answers = self.ask(module, number)
+        write_atomically(folder / "answers.parquet", lambda path: pq.write_table(answers, path))
+        (folder / "weights.safetensors").unlink(missing_ok=True)  # the state is what goes on
+        if number:
+            (self.folder(number - 1) / "state.safetensors").unlink(missing_ok=True)
+        self.seconds["answers"] = round(self.seconds.get("answers", 0.0) + time.perf_counter() - started, 2)
+        write_json(self.out / "seconds.json", self.seconds)
+
+    def folder(self, number: int) -> Path:
+        """Of a task, whose number is from 0."""
+        return self.out / "tasks" / f"task{number + 1}"
+
+    def _go_on(self, module: ContinualSystem) -> int:
+        """How many tasks are done; the module is as it was after the last of them."""
+        done = 0
+        while done < len(self.tasks) and (self.folder(done) / "answers.parquet").exists():
+            done += 1
+        if done:
+            load_weights(module, self.folder(done - 1) / "state.safetensors")
+            self.console.print(f"  {done} tasks done before", highlight=False)
+        return done
+
+    def order(self, module: EncoderSystem) -> dict[str, Any]:
+        """Batches of the task, and of what is kept of earlier ones."""
+        return {"batch_sampler": self.sampler}
+
+    def dataset(self, size: int) -> CanvasDataset:
+        """The pictures, with a field that says which of them are replayed."""
+        dataset = super().dataset(size)
+        dataset.fields["replayed"] = self.replayed
+        return dataset
+
+    def pixels(self, module: ContinualSystem, rows: Array) -> Iterator[Tensor]:
+        """Pictures of the manifest as they are, without augmentation, in batches on the device."""
+        encoder: Any = module.encoder
+        reader = PictureReader(self.manifest.root, EvalView(encoder.size, CROP, encoder.mean, encoder.std))
+        for block in picture_blocks(self.manifest, rows):
+            yield from (x.to(module.device) for x in reader.batches(block))
+
+    def embed(self, module: ContinualSystem, rows: Array) -> Tensor:
+        """Features (N, F) of pictures of the manifest by the encoder as it is."""
+        module.eval().to(device_of(self.arguments["accelerator"]))
+        with torch.inference_mode():
+            found = torch.cat([module.embed(x).float().cpu() for x in self.pixels(module, rows)])
+        module.cpu()
+        return found
+
+    def ask(self, module: ContinualSystem, number: int) -> pa.Table:
+        """What is said of the test pictures of all tasks so far, not knowing the task of a picture, and knowing it."""
+        asked = np.flatnonzero(self.test_tasks <= number)
+        rows, labels, tasks = self.test_rows[asked], self.test_labels[asked], self.test_tasks[asked]
+        module.eval().to(device_of(self.arguments["accelerator"]))
+        with torch.inference_mode():
+            logits = torch.cat([module.predict_logits(x).float().cpu() for x in self.pixels(module, rows)])
+        module.cpu()
+        classes = [t.classes for t in self.tasks]
+        right = right_answers(logits.numpy(), labels, tasks, classes)
+        names = np.array(self.manifest.class_names, dtype=object)
+        return pa.table(
+            {
+                "index": rows, "id": self.manifest.column("id")[rows].tolist(), "task": tasks,
+                "label": names[labels].tolist(), "predicted": names[logits.argmax(1).numpy()].tolist(),
+                "right": right.class_incremental, "right_in_task": right.task_incremental,
+            }
+        )  # fmt: skip
+
+    # What comes out.
+
+    def finish(self) -> None:
+        """Keep encoder, model, measures and page."""
+        module = self.module.cpu()
+        assert isinstance(module, ContinualSystem)
+        encoder = self.whole()
+        save_encoder(encoder, self.out / "encoder")
+        seen = module.seen.nonzero().squeeze(1)
+        names = [self.manifest.class_names[c] for c in seen.tolist()]
+        temperature = float(getattr(module, "temperature", 1.0)) if module.rule == "cosine" else 1.0
+        model = Classifier.of(
+            encoder, self.arguments["image_encoder"], names, module.class_weights()[seen], rule=module.rule,
+            temperature=temperature, crop=CROP,
+        )  # fmt: skip
+        metrics = self.measures()
+        model.save(self.out / "model", self.card(names, metrics))
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        told = {
+            "pictures": len(self.rows), "tested": len(self.test_rows), "seconds": self.seconds, "memory_gib": memory,
+            "kept": 0 if module.memory is None else len(module.memory),
+            "files": {"accuracy matrix": "report.html", "answers": f"tasks/task{len(self.tasks)}/answers.parquet"},
+        }  # fmt: skip
+        write_json(self.out / "metrics.json", told | metrics)
+        write_continual_report(self.out)
+
+    def measures(self) -> dict[str, Any]:
+        """Accuracy matrices by both protocols, what is read off them, and the tasks."""
+        found: dict[str, Any] = {"scores": {}, "matrix": {}}
+        tables = []
+        for number in range(len(self.tasks)):
+            with naming(self.folder(number) / "answers.parquet"):
+                tables.append(pq.read_table(self.folder(number) / "answers.parquet", columns=["index", *PROTOCOLS]))
+        for column, told in PROTOCOLS.items():
+            right = np.zeros((len(tables), len(self.test_rows)))
+            for number, table in enumerate(tables):
+                place = np.searchsorted(self.test_rows, table.column("index").to_numpy())
+                right[number, place] = table.column(column).to_numpy(zero_copy_only=False)
+            matrix = accuracy_matrix(right, self.test_tasks)
+            found["matrix"][told] = [[None if math.isnan(x) else round(x, 4) for x in row] for row in matrix]
+            scores = continual_scores(right, self.test_tasks, groups=self._test_groups())
+            found["scores"] |= {f"{told}: {SCORES[name]}": _score(scores[name]) for name in SCORES}
+        names = self.manifest.class_names
+        counted = np.bincount(self.test_tasks, minlength=len(self.tasks)).tolist()
+        found["tasks"] = [
+            {"name": t.name, "classes": [names[c] for c in t.classes], "pictures": len(t.rows), "tested": tested}
+            for t, tested in zip(self.tasks, counted, strict=True)
+        ]
+        return found
+
+    def _test_groups(self) -> Array | None:
+        return None if self.arguments["split_by"] == "domain" else self.test_groups
+
+    def card(self, names: list[str], metrics: dict[str, Any]) -> str:
+        """The README of the model."""
+        lines = [
+            f"# Classifier of {len(names)} classes, learnt in {len(self.tasks)} tasks",
+            "",
+            f"Classes: {', '.join(names)}",
+            "",
+            f"Learnt by {SYSTEMS[self.name].title} from {len(self.rows)} labelled pictures, one task after another; encoder "
+            f"{self.arguments['image_encoder']}, input {self.module.encoder.size} px.",
+            "",
+            "    import contralto",
+            '    contralto.load("path/to/this/folder").predict(["a.jpg", "b.jpg"])',
+            "",
+            f"## After the last task, on {len(self.test_rows)} test pictures",
+            "",
+            "| | value | 95 % interval |",
+            "|---|---|---|",
+        ]
+        for name, score in metrics["scores"].items():
+            lines.append(f"| {name} | {score['value']:.1%} | {score['low']:.1%} to {score['high']:.1%} |")
+        lines += [
+            "",
+            "## Limits",
+            "",
+            "What was learnt first is known worst. It names one of its classes for any picture.",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def evaluate(
+        self,
+        run: Path,
+        data: str,
+        *,
+        label_column: str | None = None,
+        image_column: str | None = None,
+        group_column: str | None = None,
+        split: str | None = None,
+    ) -> dict[str, Any]:
+        """Measure the finished model on other pictures: accuracy without knowing the task of a picture, and knowing it, by task.
+
+        Parameters
+        ----------
+        run : path
+        data : str
+            Pictures with labels, of the classes of the run.
+        label_column, image_column, group_column : str, optional
+            Columns, where their names are not common ones; of a run by domains, `group_column` says the domain.
+        split : str, optional
+            Default: `test` if there is one, else all.
+
+        Returns
+        -------
+        dict
+            `scores`, `n` and `split`.
+
+        Raises
+        ------
+        DataError
+            If no picture has a label of a class that the run knows.
+        """
+        run = Path(run)
+        with naming(run / "metrics.json"):
+            told = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["tasks"]
+        with naming(run / "config.json"):
+            by_domain = json.loads((run / "config.json").read_text("utf-8"))["arguments"]["split_by"] == "domain"
+        model = load(run)
+        manifest: Manifest = ingest(
+            data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
+        )
+        number = {name: c for c, name in enumerate(model.classes)}
+        of_class = np.array([*(number.get(name, -1) for name in manifest.class_names), -1], np.int64)
+        labels = of_class[manifest.right_labels]
+        tasks = [Task(t["name"], tuple(number[c] for c in t["classes"]), np.zeros(0, np.int64)) for t in told]
+        groups = manifest.column("group").astype(str)
+        of_task = task_of_samples(tasks, labels, groups if by_domain else None)
+        wanted, tested = manifest.split_of(split)
+        rows = np.flatnonzero(tested & (of_task >= 0))
+        if not len(rows):
+            known = ", ".join(model.classes[:5])
+            raise DataError(f"no picture has a label of a class that the run knows ({known}, ...)", file=data)
+        probabilities = model.predict([manifest.read_bytes(int(r)) for r in rows]).probabilities
+        right = right_answers(probabilities, labels[rows], of_task[rows], [t.classes for t in tasks])
+        scores = {}
+        for told_as, answers in zip(PROTOCOLS.values(), right, strict=True):
+            value = accuracy_interval(answers, labels[rows], groups=None if by_domain else groups[rows])
+            scores[f"{told_as}: accuracy"] = _score(value)
+            for place, task in enumerate(tasks):
+                mine = of_task[rows] == place
+                if mine.any():
+                    interval = accuracy_interval(answers[mine], labels[rows][mine])
+                    scores[f"{told_as}: accuracy, {task.name}"] = _score(interval)
+        return {"scores": scores, "n": len(rows), "split": wanted}
+
+
+def _score(found: Interval) -> dict[str, Any]:
+    return {"value": found.value, "low": found.low, "high": found.high, "percent": True}

@@ -1,0 +1,1 @@
+"""Systems that learn to tell a number."""
