@@ -61,6 +61,9 @@ class ProtoGCD(DiscoverySystem):
         "means": prototypes of old classes begin as the mean of the labelled samples' unit features. The job that trains must then
         give all features before the first epoch (`asks_features`).
 
+    Notes ----- Samples of none of the classes: `contralto.evaluation.openset.outlier_scores` of the cosines to the prototypes,
+    with `temperature`.
+
     Examples
     --------
     >>> system = ProtoGCD(nn.Linear(8, 4), num_features=4, num_classes=2, num_new=3, hidden=8, dim=4)
