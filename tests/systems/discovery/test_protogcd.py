@@ -199,7 +199,11 @@ def test_prototypes_of_old_classes_may_begin_as_means_once():
     again = tiny(init_prototypes="means").float()
     again.load_state_dict(system.state_dict())
     assert not again.asks_features(0)  # a training that was killed in its first epoch does not begin anew
-    assert not tiny().asks_features(0)
+    plain = tiny()
+    assert not plain.asks_features(0)
+    before = plain.prototypes.weight.detach().clone()
+    plain.at_epoch_start(x, y)
+    assert torch.equal(plain.prototypes.weight, before)
 
 
 def test_a_checkpoint_holds_all_that_the_next_steps_need():
@@ -309,7 +313,8 @@ def test_scores_are_of_single_precision_at_least_under_autocast():
     batch = {k: [x.float() for x in v] if isinstance(v, list) else v for k, v in vectors(0).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = system.step(batch)
-    assert out["loss"].dtype == torch.float32
+        cosines = system.prototypes(torch.randn(3, 10, dtype=torch.bfloat16))
+    assert cosines.dtype == out["loss"].dtype == torch.float32
     torch.testing.assert_close(out["loss"], system.step(batch)["loss"], rtol=0.03, atol=0.03)
 
 

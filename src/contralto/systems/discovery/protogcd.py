@@ -135,12 +135,8 @@ class ProtoGCD(DiscoverySystem):
             raise UsageError(f'init_prototypes must be "random" or "means", got {init_prototypes!r}')
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.teacher_start, self.teacher_epochs = teacher_start, teacher_epochs
-        self.ratio_start, self.ratio_end, self.ramp_epochs, self.wait_epochs = (
-            ratio_start,
-            ratio_end,
-            ramp_epochs,
-            wait_epochs,
-        )
+        self.ratio_start, self.ratio_end = ratio_start, ratio_end
+        self.ramp_epochs, self.wait_epochs = ramp_epochs, wait_epochs
         self.entropy, self.separation, self.init_prototypes = entropy, separation, init_prototypes
         with self.seeded():
             self.prototypes = CosineLayer(num_features, num_classes + num_new)
@@ -195,8 +191,10 @@ class ProtoGCD(DiscoverySystem):
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
-        """Put the prototypes of the old classes to the means of their labelled samples; one that has none stays."""
+        """Where asked for, put prototypes of old classes to the means of their labelled samples; one that has none stays."""
         super().at_epoch_start(features, labels)
+        if self.init_prototypes == "random":
+            return
         weight = self.prototypes.weight[: self.num_classes]
         rows = torch.from_numpy(unit_rows(features)).to(weight)
         weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), self.num_classes, before=weight))
