@@ -62,6 +62,9 @@ class ProtoGCD(DiscoverySystem):
         for features that tell something from the start: all begin as the centres of k-means that keeps labelled samples in
         their class. The job that trains must then give all features before the first epoch (`asks_features`).
 
+    Notes ----- Samples of none of the classes: `contralto.evaluation.openset.outlier_scores` of the cosines to the prototypes,
+    with `temperature`.
+
     Examples
     --------
     >>> system = ProtoGCD(nn.Linear(8, 4), num_features=4, num_classes=2, num_new=3, hidden=8, dim=4)
@@ -133,12 +136,8 @@ class ProtoGCD(DiscoverySystem):
             raise UsageError(f'init_prototypes must be "random", "means" or "clusters", got {init_prototypes!r}')
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.teacher_start, self.teacher_epochs = teacher_start, teacher_epochs
-        self.ratio_start, self.ratio_end, self.ramp_epochs, self.wait_epochs = (
-            ratio_start,
-            ratio_end,
-            ramp_epochs,
-            wait_epochs,
-        )
+        self.ratio_start, self.ratio_end = ratio_start, ratio_end
+        self.ramp_epochs, self.wait_epochs = ramp_epochs, wait_epochs
         self.entropy, self.separation, self.init_prototypes = entropy, separation, init_prototypes
         with self.seeded():
             self.prototypes = CosineLayer(num_features, num_classes + num_new)
@@ -193,8 +192,10 @@ class ProtoGCD(DiscoverySystem):
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
-        """Put the prototypes of the old classes to the means of their labelled samples; one that has none stays."""
+        """Where asked for, put prototypes of old classes to the means of their labelled samples; one that has none stays."""
         super().at_epoch_start(features, labels)
+        if self.init_prototypes == "random":
+            return
         weight = self.prototypes.weight[: self.num_classes]
         rows = torch.from_numpy(unit_rows(features)).to(weight)
         weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), self.num_classes, before=weight))
