@@ -23,8 +23,8 @@ tasks = split_by_class(data.train_labels.numpy(), 5, seed=0)
 test_tasks = task_of_samples(tasks, data.test_labels.numpy())
 
 torch.manual_seed(0)
-encoder: nn.Module = conv_encoder(128)
-settings = {"num_features": 128, "num_classes": 10, "epochs": 15, "extra_epochs": 15, "milestones": (), "lr": 0.03}
+encoder = nn.Sequential(*list(conv_encoder(256))[:-1])  # the last layer would only mix what is there: 64 maps of 2 x 2
+settings = {"num_features": 256, "num_classes": 10, "epochs": 15, "extra_epochs": 15, "milestones": (), "lr": 0.01}
 system = PRD(encoder, hidden=128, dim=64, **settings) if name == "prd" else FineTuning(encoder, **settings)
 
 right = []
