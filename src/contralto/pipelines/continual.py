@@ -94,6 +94,7 @@ class Continual(Pretraining):
 
     things: ClassVar[str] = "pictures"
     protocols: ClassVar[dict[str, str]] = PROTOCOLS
+    shown: ClassVar[dict[str, str]] = SCORES
 
     def fit(
         self,
@@ -362,7 +363,7 @@ class Continual(Pretraining):
             matrix = accuracy_matrix(right, self.test_tasks)
             found["matrix"][told] = [[None if math.isnan(x) else round(x, 4) for x in row] for row in matrix]
             scores = continual_scores(right, self.test_tasks, groups=self._test_groups())
-            found["scores"] |= {f"{told}: {SCORES[name]}": score_of(scores[name]) for name in SCORES}
+            found["scores"] |= {f"{told}: {words}": score_of(scores[name]) for name, words in self.shown.items()}
         names = self.class_names
         counted = np.bincount(self.test_tasks, minlength=len(self.tasks)).tolist()
         found["tasks"] = [

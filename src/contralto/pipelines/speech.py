@@ -176,7 +176,11 @@ class SpeechJob(Continual):
     """The job behind ``contralto fit`` for systems that learn to write what is said, task by task."""
 
     things: ClassVar[str] = "recordings"
-    protocols: ClassVar[dict[str, str]] = {"right": "words recognised"}
+    protocols: ClassVar[dict[str, str]] = {"right": "recognised"}
+    shown: ClassVar[dict[str, str]] = {
+        "incremental": "mean over the stream (Avg)", "last": "after the last task (Last)", "forgetting": "forgetting",
+        "backward": "backward transfer",
+    }  # fmt: skip
     module: COCONUT
 
     @classmethod
@@ -455,7 +459,7 @@ class SpeechJob(Continual):
             "",
             "## Limits",
             "",
-            "It writes something of any sound: a text that it has learnt, or a mixture of them. What was learnt first is known worst.",
+            "It writes something of any sound: a text that it has learnt, or a mixture. What was learnt first is known worst.",
         ]
         return "\n".join(lines) + "\n"
 
@@ -503,8 +507,9 @@ class SpeechJob(Continual):
             tasks = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["tasks"]
         with tempfile.TemporaryDirectory() as folder:
             sounds = read_sounds(
-                data, Path(folder) / "sounds", rate=model.rate, seconds=model.seconds, sound_column=image_column or a["sound_column"],
-                label_column=label_column or a["label_column"], text_column=a["text_column"], group_column=group_column,
+                data, Path(folder) / "sounds", rate=model.rate, seconds=model.seconds,
+                sound_column=image_column or a["sound_column"], label_column=label_column or a["label_column"],
+                text_column=a["text_column"], group_column=group_column,
             )  # fmt: skip
             splits = sounds.column("split").astype(str)
             wanted = split if split is not None else "test" if "test" in splits else None
