@@ -171,13 +171,13 @@ class FineTuningJob(Pretraining):
             "id": self.manifest.column("id")[self.test_rows].tolist(), "label": names[labels].tolist(),
             "predicted": names[predicted].tolist(), "confidence": found.max(1).astype(np.float32),
         }  # fmt: skip
-        scores = _accuracies(right, labels, groups, "")
+        scores = _accuracies(right, labels, groups, "accuracy")
         if self.plain is not None:
             of_plain = self.probabilities(self.classifier(self.plain)).argmax(1)
             columns["baseline"] = names[of_plain].tolist()
             right_plain = (of_plain == labels).astype(float)
-            scores |= _accuracies(right_plain, labels, groups, " of cross-entropy")
-            scores |= _accuracies(right - right_plain, labels, groups, ", difference")
+            scores |= _accuracies(right_plain, labels, groups, "accuracy of cross-entropy")
+            scores |= _accuracies(right - right_plain, labels, groups, "difference")
         write_atomically(self.out / "predictions.parquet", lambda path: pq.write_table(pa.table(columns), path))
         return scores
 
@@ -236,11 +236,11 @@ def _shots(labels: Integers, count: int, seed: int) -> Integers:
     return np.sort(by_class[place < count])
 
 
-def _accuracies(right: npt.NDArray[np.float64], labels: Integers, groups: Any, of: str) -> dict[str, Any]:
+def _accuracies(right: npt.NDArray[np.float64], labels: Integers, groups: Any, name: str) -> dict[str, Any]:
     out = {}
-    for name, macro in (("accuracy", False), ("accuracy, mean over classes", True)):
+    for key, macro in ((name, False), (f"{name}, mean over classes", True)):
         value, low, high = accuracy_interval(right, labels, groups=groups, macro=macro)
-        out[name + of] = {"value": value, "low": low, "high": high, "percent": True}
+        out[key] = {"value": value, "low": low, "high": high, "percent": True}
     return out
 
 
