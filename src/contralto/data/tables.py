@@ -98,12 +98,14 @@ class NumberTable:
             about = table.schema.metadata
             columns = tuple(about[b"columns"].decode().split("\x00"))
             inputs = np.stack([table.column(f"input {n}").to_numpy() for n in range(len(columns))], 1)
-            words = [np.array(table.column(n).to_pylist(), dtype=np.str_) for n in ("id", "split", "group")]
+            ids, splits, groups = (
+                np.array(table.column(n).to_pylist(), dtype=np.str_) for n in ("id", "split", "group")
+            )
             numbers = table.column("number").to_numpy()
         with naming(folder / "skipped.parquet"):
             skipped = pq.read_table(folder / "skipped.parquet").to_pylist()
             left = tuple((r["row"], r["reason"]) for r in skipped)
-        return cls(columns, inputs, numbers, *words, about[b"target"].decode(), left)
+        return cls(columns, inputs, numbers, ids, splits, groups, about[b"target"].decode(), left)
 
 
 def is_table(address: str) -> bool:
