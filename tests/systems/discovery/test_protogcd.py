@@ -244,6 +244,19 @@ def test_views_are_the_crops_of_the_released_code_unless_asked_otherwise():
     assert (strong.scale, strong.ratio, strong.jitter) == ((0.2, 1.0), (3 / 4, 4 / 3), (0.4, 0.4, 0.4, 0.1))
 
 
+def test_of_a_transformer_only_the_last_blocks_learn_where_asked():
+    def blocks():
+        return nn.Sequential(nn.Linear(6, 10), nn.Sequential(*(nn.Linear(10, 10) for _ in range(3))))
+
+    net = nn.ModuleDict({"stem": nn.Linear(6, 10), "blocks": nn.ModuleList(nn.Linear(10, 10) for _ in range(3))})
+    DiscoverySystem(net, num_features=10, num_classes=2, hidden=4, dim=4, trained_blocks=1)
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == {"blocks.2.weight", "blocks.2.bias"}
+    with pytest.raises(UsageError, match="4 last blocks are to learn, but the encoder has 3 blocks"):
+        DiscoverySystem(net, num_features=10, hidden=4, dim=4, trained_blocks=4)
+    with pytest.raises(UsageError, match="the encoder has no list of blocks"):
+        DiscoverySystem(blocks(), num_features=10, hidden=4, dim=4, trained_blocks=1)
+
+
 CASES = {
     "protogcd": (ProtoGCD, {}, 0.5), "protogcd, hardly a label": (ProtoGCD, {}, 0.15), "no labels": (ProtoGCD, {}, 0.0),
     "instance": (DiscoverySystem, {}, 0.5),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from contralto.data.dataset import Batch
 from contralto.distributed import reduce_over_ranks
 from contralto.encoders.heads import dino_head
+from contralto.encoders.image import learn_last_blocks
 from contralto.errors import UsageError
 from contralto.losses.pairs import nt_xent, sup_con
 from contralto.neighbors.knn import unit_rows
@@ -114,6 +115,8 @@ class DiscoverySystem(EncoderSystem):
         Smallest and largest share of the picture that a view shows. The released code cuts squares of 7/8 of the side.
     colours : float
         Strength of the changes of colour. The papers name some, but those of the released code change nothing: 0.
+    trained_blocks : int
+        Of a vision transformer, let only so many last blocks learn, 1 in the papers; 0 = the whole encoder.
 
     Examples
     --------
@@ -154,6 +157,7 @@ class DiscoverySystem(EncoderSystem):
         temperature_supervised: float = 0.07,
         crop: tuple[float, float] = (0.766, 0.766),
         colours: float = 0.0,
+        trained_blocks: int = 0,
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
@@ -169,6 +173,8 @@ class DiscoverySystem(EncoderSystem):
         self.num_classes, self.num_new, self.supervised_weight = num_classes, num_new, supervised_weight
         self.temperature_instance, self.temperature_supervised = temperature_instance, temperature_supervised
         self.crop, self.colours = crop, colours
+        if trained_blocks:
+            learn_last_blocks(encoder, trained_blocks)
         self.register_buffer("heard", torch.tensor(-1))
         with self.seeded():
             self.projector = self.head(hidden, dim)

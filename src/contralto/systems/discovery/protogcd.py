@@ -41,7 +41,7 @@ class ProtoGCD(DiscoverySystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., crop, colours
+    encoder, num_features, ..., crop, colours, trained_blocks
         See `DiscoverySystem`; `num_classes` old and `num_new` new classes have a prototype each.
     temperature : float
         Of the predictions.
@@ -98,6 +98,7 @@ class ProtoGCD(DiscoverySystem):
         temperature_supervised: float = 0.07,
         crop: tuple[float, float] = (0.766, 0.766),
         colours: float = 0.0,
+        trained_blocks: int = 0,
         temperature: float = 0.1,
         teacher_temperature: float = 0.05,
         teacher_start: float = 0.07,
@@ -115,7 +116,7 @@ class ProtoGCD(DiscoverySystem):
             steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
             weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
             hidden=hidden, dim=dim, supervised_weight=supervised_weight, temperature_instance=temperature_instance,
-            temperature_supervised=temperature_supervised, crop=crop, colours=colours,
+            temperature_supervised=temperature_supervised, crop=crop, colours=colours, trained_blocks=trained_blocks,
         )  # fmt: skip
         if num_classes + num_new < 2:
             raise UsageError(
