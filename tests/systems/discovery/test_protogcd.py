@@ -206,6 +206,21 @@ def test_prototypes_of_old_classes_may_begin_as_means_once():
     assert torch.equal(plain.prototypes.weight, before)
 
 
+def test_all_prototypes_may_begin_as_the_centres_of_clusters():
+    """Rows of five directions, of which two are known: the others get the prototypes of the new classes."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(ALL), 12)
+    x = (np.eye(10)[truth] + 0.05 * rng.normal(size=(len(truth), 10))).astype(np.float32)
+    labels = np.where((truth < OLD) & (np.arange(len(truth)) % 2 == 0), truth, -1)
+    system = tiny(init_prototypes="clusters").float()
+    assert system.asks_features(0)
+    system.at_epoch_start(x, labels)
+    found = system.discover(x, labels)
+    assert (found.assigned[truth < OLD] == truth[truth < OLD]).all()
+    assert {len(np.unique(found.assigned[truth == c])) for c in range(ALL)} == {1}
+    assert len(np.unique(found.assigned)) == ALL
+
+
 def test_a_checkpoint_holds_all_that_the_next_steps_need():
     def build():
         return tiny(init_prototypes="means")

@@ -27,11 +27,16 @@ from contralto.losses.discovery import (
     prototype_separation,
     swapped_labels,
 )
+from contralto.neighbors.directions import principal_rows
+from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import means
 from contralto.prototypes.layer import CosineLayer
 from contralto.systems.base import Optimizer
 from contralto.systems.discovery.base import Discovered, DiscoverySystem, Floats, Labels, nearest_prototypes
+
+DIRECTIONS = 64
+"""Principal directions in which first clusters are found: in a thousand, single samples are clusters of their own."""
 
 __all__ = ["ProtoGCD"]
 
@@ -192,13 +197,17 @@ class ProtoGCD(DiscoverySystem):
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
-        """Where asked for, put prototypes of old classes to the means of their labelled samples; one that has none stays."""
+        """Where asked for, put prototypes of old classes to the means of their labelled samples, or all to centres."""
         super().at_epoch_start(features, labels)
         if self.init_prototypes == "random":
             return
-        weight = self.prototypes.weight[: self.num_classes]
+        number = self.num_classes
+        if self.init_prototypes == "clusters":
+            number = min(len(self.prototypes.weight), number + int((labels < 0).sum()))
+            labels = semi_supervised_kmeans(principal_rows(features, DIRECTIONS), labels, number, seed=self.seed).labels
+        weight = self.prototypes.weight[:number]
         rows = torch.from_numpy(unit_rows(features)).to(weight)
-        weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), self.num_classes, before=weight))
+        weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), number, before=weight))
 
     def discover(self, features: Floats, labels: Labels) -> Discovered:
         """Every sample goes to the prototype of the largest cosine; the labels are not asked."""
