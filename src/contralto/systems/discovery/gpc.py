@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from contralto.data.dataset import Batch
 from contralto.distributed import gather_rows, mean_weight
 from contralto.errors import UsageError
+from contralto.losses.units import full_precision
 from contralto.neighbors.how_many import within_variance
 from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
@@ -273,8 +274,10 @@ class GPC(DiscoverySystem):
         out = {"loss": instance, "features": features[: len(labels)].detach()}
         if not len(self.prototypes):
             return out
-        z, own = self.project(features), self.assigned[batch["index"].to(self.assigned.device)]
-        logits = prototype_logits(z, self.prototypes.to(z), self.temperatures.to(z))
+        own = self.assigned[batch["index"].to(self.assigned.device)]
+        with full_precision(features):
+            z = self.project(features.to(torch.promote_types(features.dtype, torch.float32)))
+            logits = prototype_logits(z, self.prototypes.to(z), self.temperatures.to(z))
         drawn = F.cross_entropy(logits, own.repeat(2)) * mean_weight(torch.tensor(len(own), device=z.device))
         if self.prototype_momentum < 1:
             rows, labels_of = gather_rows(z[: len(own)].detach()), gather_rows(own)

@@ -58,9 +58,10 @@ class ProtoGCD(DiscoverySystem):
     entropy, separation : float
         Weights of the balance of the classes and of the distance of the prototypes; where classes are alike the paper takes 0.05
         for the latter.
-    init_prototypes : {"random", "means"}
-        "means": prototypes of old classes begin as the mean of the labelled samples' unit features. The job that trains must then
-        give all features before the first epoch (`asks_features`).
+    init_prototypes : {"random", "means", "clusters"}
+        "means": prototypes of old classes begin as the mean of the labelled samples' unit features. "clusters", beyond the paper,
+        for features that tell something from the start: all begin as the centres of k-means that keeps labelled samples in
+        their class. The job that trains must then give all features before the first epoch (`asks_features`).
 
     Notes ----- Samples of none of the classes: `contralto.evaluation.openset.outlier_scores` of the cosines to the prototypes,
     with `temperature`.
@@ -113,7 +114,7 @@ class ProtoGCD(DiscoverySystem):
         wait_epochs: int = 0,
         entropy: float = 2.0,
         separation: float = 0.1,
-        init_prototypes: Literal["random", "means"] = "random",
+        init_prototypes: Literal["random", "means", "clusters"] = "random",
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, num_samples=num_samples, num_classes=num_classes, num_new=num_new,
@@ -133,8 +134,8 @@ class ProtoGCD(DiscoverySystem):
         ramp_epochs = epochs // 2 if ramp_epochs is None else ramp_epochs
         if min(teacher_epochs, ramp_epochs, wait_epochs) < 0:
             raise UsageError("teacher_epochs, ramp_epochs and wait_epochs must be at least 0")
-        if init_prototypes not in ("random", "means"):
-            raise UsageError(f'init_prototypes must be "random" or "means", got {init_prototypes!r}')
+        if init_prototypes not in ("random", "means", "clusters"):
+            raise UsageError(f'init_prototypes must be "random", "means" or "clusters", got {init_prototypes!r}')
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.teacher_start, self.teacher_epochs = teacher_start, teacher_epochs
         self.ratio_start, self.ratio_end = ratio_start, ratio_end
@@ -189,7 +190,7 @@ class ProtoGCD(DiscoverySystem):
 
     def asks_features(self, epoch: int) -> bool:
         """Once, before the first epoch, where prototypes begin as means."""
-        return self.init_prototypes == "means" and epoch == 0 and int(self.heard) < 0
+        return self.init_prototypes != "random" and epoch == 0 and int(self.heard) < 0
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
