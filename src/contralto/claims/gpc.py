@@ -6,10 +6,10 @@ All 1,797 digits of scikit-learn; 0 to 4 are old, half of their digits are label
 convolutions and a linear layer, 64 features, from scratch, with Adam at 1e-3: for some epochs all arms learn by the losses of
 instances alone, as a stand-in for the pretrained network of the paper. Psi is the variance within the labelled classes.
 
-Arms: *known*, with ten clusters and no splits or merges; *gpc*, with the number of clusters to be found from 16 on; *instance*,
-the losses of instances to the end; *untrained*. All are measured alike: k-means on the features into ten clusters that begins with
-the labelled digits, and the share of unlabelled digits in the cluster of their class after one matching of all. `number_error` is
-how far the number of clusters at the end is from ten.
+Arms: *known*, with ten clusters and no splits or merges; *gpc*, with the number of clusters to be found from 16 on;
+*instance*, the losses of instances to the end; *untrained*. All are measured alike: k-means on the features into ten clusters
+that begins with the labelled digits, and the share of unlabelled digits in the cluster of their class after one matching of
+all. `number_error` is how far the number of clusters at the end is from ten.
 """
 
 from collections.abc import Callable, Mapping
