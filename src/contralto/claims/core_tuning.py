@@ -116,7 +116,7 @@ def run(
     if progress is not None:
         progress(0.6)
     n = int(budget["batch_size"])
-    own = {"learn_original": bool(arm["learn_original"])} if "learn_original" in arm else {}
+    own: dict[str, Any] = {"learn_original": bool(arm["learn_original"])} if "learn_original" in arm else {}
     system = {"finetuning": FineTuning, "core_tuning": CoreTuning}[arm["system"]](
         encoder, num_features=WIDTHS[-1], num_classes=10, seed=seed, epochs=int(budget["steps"]), lr=0.03, batch_size=n,
         eta=float(arm["eta"]), micro_batch=n, **own,

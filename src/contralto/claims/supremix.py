@@ -119,8 +119,9 @@ def run(
         encoder = TableEncoder(SIDE**2, width=128, depth=2)
     system = SupReMix(
         encoder, num_features=128, seed=seed, epochs=int(arm.get("steps", budget["steps"])), method=arm["method"],
-        batch_size=int(budget["batch_size"]), dim=64, center=BINS // 2, spread=float(split.train_labels.std()),
+        batch_size=int(budget["batch_size"]), dim=64,
     )  # fmt: skip
+    system.learn_scale(split.train_labels)
     make = batches(split, seed=seed, batch_size=int(budget["batch_size"]), view=_noisy)
     pretrain(system, lambda step: _numbered(make(step)), device=device)
     if progress is not None:
