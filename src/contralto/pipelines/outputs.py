@@ -39,7 +39,7 @@ def claim_run(
         "arguments": dict(arguments),
         "extensions": list(extensions),
     }
-    if path.exists() and (out / "manifest").exists():
+    if path.exists() and any((out / name).exists() for name in ("manifest", "sounds")):
         with naming(path):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         ours, theirs = ({k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before))
