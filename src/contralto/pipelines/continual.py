@@ -243,7 +243,7 @@ class Continual(Pretraining):
             rows, self.arguments["batch_size"], seed=self.arguments["seed"], memory=memory, replayed=module.replayed,
             first_epoch=number * self.arguments["epochs"] + bool(number) * module.extra_epochs,
         )  # fmt: skip
-        module.begin_task(task.classes, steps_per_epoch=len(self.sampler))
+        module.begin_task(np.unique(self.labels[task.rows]).tolist(), steps_per_epoch=len(self.sampler))
         self.replayed = torch.zeros(len(self.labels), dtype=torch.bool)
         self.replayed[torch.from_numpy(memory)] = True
         text = f"{self._of_data} {number}"
