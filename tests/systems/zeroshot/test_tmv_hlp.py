@@ -247,6 +247,12 @@ def test_projections_learnt_on_some_classes_serve_others():
     assert ((p > 0.5) == signs[y[new]]).mean() > 0.75
 
 
+def test_more_columns_than_samples_is_told():
+    x = np.random.default_rng(0).normal(size=(20, 15))
+    with pytest.warns(UserWarning, match="30 columns for 20 samples"):
+        TMVHLP(**SMALL).fit([x, x**2], np.arange(20) % 2)
+
+
 @pytest.mark.parametrize(
     ("options", "call", "told"),
     [

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from contralto.encoders.image import imagenet_classes
+from contralto.encoders.text import TextEncoder
 from contralto.errors import UsageError
 from contralto.neighbors.knn import unit_rows
 
@@ -15,6 +17,8 @@ __all__ = [
     "adapt_prototypes",
     "attribute_probabilities",
     "direct_attribute_prediction",
+    "imagenet_prototypes",
+    "imagenet_words",
     "nearest_prototype",
     "predicted_words",
 ]
@@ -61,6 +65,54 @@ def predicted_words(
     x, vectors = np.asarray(features, dtype=np.float64), np.asarray(words, dtype=np.float64)
     model = make_pipeline(StandardScaler(), Ridge(penalty * len(x))).fit(x, vectors[labels])
     return np.asarray(model.predict(np.asarray(targets, dtype=np.float64)))
+
+
+def imagenet_words(features: npt.ArrayLike, text: TextEncoder) -> Array:
+    """What pictures mean, without auxiliary pictures: the names of ImageNet's classes, weighed by their probabilities.
+
+    Parameters
+    ----------
+    features : array (N, 1280)
+        By "efficientnet-lite0".
+    text : TextEncoder
+
+    Returns
+    -------
+    array (N, S)
+
+    Raises
+    ------
+    MissingExtraError
+        If the weights are not installed.
+    """
+    from scipy.special import softmax
+
+    names, weight, bias = imagenet_classes()
+    logits = np.asarray(features, dtype=np.float64) @ weight.double().numpy().T + bias.double().numpy()
+    return np.asarray(softmax(logits, axis=1) @ text.encode(names).astype(np.float64))
+
+
+def imagenet_prototypes(words: npt.ArrayLike, text: TextEncoder, *, penalty: float = 1.0) -> Array:
+    """Where classes are to be expected among features: a ridge regression from ImageNet's names to rows of its classifier.
+
+    Parameters
+    ----------
+    words : array (C, S)
+        Of the class texts, by the same encoder.
+    text : TextEncoder
+    penalty : float
+
+    Returns
+    -------
+    array (C, 1280)
+        Directions around the mean of the features of "efficientnet-lite0": only their cosine to centred features says something.
+    """
+    from sklearn.linear_model import Ridge
+
+    names, weight, _ = imagenet_classes()
+    rows = weight.double().numpy()
+    model = Ridge(penalty).fit(text.encode(names).astype(np.float64), rows - rows.mean(0))
+    return np.asarray(model.predict(np.asarray(words, dtype=np.float64)))
 
 
 def attribute_probabilities(

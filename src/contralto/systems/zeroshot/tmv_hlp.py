@@ -12,6 +12,7 @@ the best iteration by the test labels); the prior of the views is 1 for all unle
 one data set); memberships below zero count as none (`clip`).
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -173,6 +174,12 @@ class TMVHLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._standardise(views)
         views = self._standardised(views)
         if self.embed:
+            if sum(self.widths_) >= n and self.regulariser < 0.01:
+                warnings.warn(
+                    f"the views have {sum(self.widths_)} columns for {n} samples: they agree by chance in the common space. "
+                    f"Take fewer columns, or a larger regulariser (1 for standardised columns)",
+                    stacklevel=2,
+                )
             self.cca_ = MultiViewCCA(self.regulariser, self.power, self.components).fit(views)
         elif len({x.shape[1] for x in views}) > 1 and self.pairwise < 1 and not self.homogeneous:
             raise UsageError(
