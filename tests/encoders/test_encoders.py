@@ -13,7 +13,7 @@ from contralto.errors import ContraltoError, UsageError
 
 
 @pytest.mark.parametrize(
-    "name", ["conv4", "resnet8", "resnet14", "resnet18-small", "timm/resnet18", "vit_tiny_patch16_224"]
+    "name", ["conv4", "resnet12", "resnet8", "resnet14", "resnet18-small", "timm/resnet18", "vit_tiny_patch16_224"]
 )
 def test_every_image_encoder_keeps_the_contract(name):
     encoder = image_encoder(name, pretrained=False, size=32).eval()
@@ -27,7 +27,7 @@ def test_every_image_encoder_keeps_the_contract(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["conv4", "resnet8", "resnet18-small", "timm/resnet18", "efficientnet-lite0", "mobilenetv2_050"]
+    "name", ["conv4", "resnet12", "resnet8", "resnet18-small", "timm/resnet18", "efficientnet-lite0", "mobilenetv2_050"]
 )
 def test_features_are_the_mean_of_the_map(name):
     encoder = image_encoder(name, pretrained=False, size=64).eval()

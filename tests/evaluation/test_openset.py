@@ -1,12 +1,14 @@
 """The open-set curve against counting one by one."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contralto.errors import UsageError
-from contralto.evaluation.openset import open_set_curve
+from contralto.evaluation.openset import Score, open_set_curve, outlier_detection, outlier_scores
 
 
 def slow(p, y, threshold):
@@ -52,3 +54,52 @@ def test_without_unknown_pictures_rejecting_nothing_is_best_and_a_perfect_model_
     assert len(curve.thresholds) == 100
     with pytest.raises(UsageError, match="do not fit"):
         open_set_curve(p, [0])
+
+
+@pytest.mark.parametrize("score", get_args(Score))
+def test_scores_of_outliers_are_their_formulas(score):
+    logits = np.random.default_rng(0).normal(size=(20, 5))
+    found = outlier_scores(logits, score, temperature=0.4)
+    for row, value in zip(logits, found, strict=True):
+        scaled = row / 0.4
+        p = np.exp(scaled) / np.exp(scaled).sum()
+        second, first = np.sort(p)[-2:]
+        formula = {
+            "probability": -first, "logit": -row.max(), "energy": -0.4 * np.log(np.exp(scaled).sum()),
+            "cross_entropy": scaled.mean() - np.log(np.exp(scaled).sum()), "ratio": -first / (second + 1e-6),
+            "margin": -(first - second),
+        }  # fmt: skip
+        assert value == pytest.approx(formula[score], rel=1e-10)
+    sure = outlier_scores([[5.0, 0.0, 0.0], [0.1, 0.0, 0.0]], score, temperature=0.4)
+    assert sure[1] > sure[0]  # the unsure one looks more like an outlier
+
+
+def test_detection_is_counted_over_all_pairs_and_thresholds():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=60).round(1), (1 + rng.normal(size=40)).round(1)  # with ties
+    found = outlier_detection(inside, outside, share=None)
+    pairs = outside[:, None] - inside
+    assert found.auroc == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+    thresholds = np.unique(np.concatenate([inside, outside]))
+    enough = max(t for t in thresholds if (outside >= t).mean() >= 0.95)
+    assert found.fpr95 == pytest.approx((inside >= enough).mean())
+    hits = [((outside >= t).sum(), (inside >= t).sum()) for t in thresholds[::-1]]
+    recall = np.array([0, *(h / 40 for h, _ in hits)])
+    assert found.aupr == pytest.approx(sum(np.diff(recall) * [h / (h + f) for h, f in hits]))
+
+
+def test_draws_of_outliers_keep_the_ratio_and_depend_on_the_seed_alone():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=100), 1 + rng.normal(size=500)
+    first, again, other = (outlier_detection(inside, outside, seed=s) for s in (0, 0, 1))
+    assert first == again != other
+    assert first.auroc == pytest.approx(outlier_detection(inside, outside, share=None).auroc, abs=0.05)
+    perfect = outlier_detection([0.0, 0.1], [1.0, 2.0])
+    assert perfect == (0.0, 1.0, 1.0)
+    for wrong in (([], [1.0]), ([1.0], [])):
+        with pytest.raises(UsageError, match="inside and outside"):
+            outlier_detection(*wrong)
+    with pytest.raises(UsageError, match="score must be one of probability, logit"):
+        outlier_scores([[1.0, 0.0]], "msp")
+    with pytest.raises(UsageError, match="two classes at least"):
+        outlier_scores([[1.0]])

@@ -122,6 +122,19 @@ def test_different_texts_are_those_of_clip_and_equal_ones_are_shared():
     assert torch.allclose(audio_text(a, t, which, temperature=T), expected, rtol=1e-12)
 
 
+def test_equal_rows_of_equal_texts_change_nothing_but_where_they_are_summed():
+    a, which = rows(0), torch.tensor([0, 1, 0, 2, 1, 0, 3, 4, 4])
+    t = rows(1)[which]
+    alone = audio_text(a, t, temperature=T)
+    assert torch.allclose(audio_text(a, t, which, temperature=T), alone, rtol=1e-12)
+    s = F.normalize(a, dim=1) @ F.normalize(t, dim=1).T / T
+    out = torch.where(which[:, None] == which, 0.0, -torch.inf)
+    expected = sum((x.logsumexp(1) - (x + out).logsumexp(1)).mean() for x in (s, s.T)) / 2
+    found = audio_text(a, t, which, pooled="sum", temperature=T)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    assert found < alone
+
+
 def test_an_empty_side_gives_zero():
     a = rows(0)[:0].requires_grad_()
     assert audio_text(a, rows(1)[:0], torch.zeros(0, dtype=torch.int64)) == 0
@@ -139,6 +152,8 @@ def test_what_does_not_fit_is_named():
         teacher_student(a, a, LABELS[:3], ANCHORS)
     with pytest.raises(UsageError, match="one shape"):
         audio_text(a, a[:3])
+    with pytest.raises(UsageError, match="pooled"):
+        audio_text(a, a, pooled="max")
     with pytest.raises(UsageError, match="which"):
         audio_text(a, a, LABELS[:3])
 
@@ -153,6 +168,7 @@ CASES = {
     ),
     "ntpt": lambda a, b, y, r: teacher_student(a, b, y, r, temperature=T, negative_from="teacher", gather="all"),
     "mm": lambda a, b, y, r: audio_text(a[~r], b[~r], y[~r], temperature=T, gather="all"),
+    "mm, summed": lambda a, b, y, r: audio_text(a, b, y, pooled="sum", temperature=T, gather="all"),
     "mm, all": lambda a, b, y, r: audio_text(a, b, y, temperature=T, gather="all"),
 }
 

@@ -4,13 +4,14 @@
 
 The handwritten digits of scikit-learn (8 x 8): 1,200 for training without labels, of which five per class have a label for the
 fine-tuning; 597 for testing. Encoder: three 3 x 3 convolutions 32-64-128 with batch norm and ReLU, strides 1, 2, 2, and mean
-pooling: 128 features. Pretraining, once for all arms of a seed: SimCLR, batch 128, 500 steps, temperature 0.2, head 128-128-64,
-Adam at 1e-3 with a cosine. Fine-tuning: 150 steps of 64 draws from the 50 labelled digits, SGD 0.03 with Nesterov's momentum and a
-cosine, the whole encoder learns. These are the pilot's; it says nothing of the views while fine-tuning: here shifts by up to a
-pixel and turns by up to 15 degrees, as the paper crops and turns, for all arms.
+pooling: 128 features. Pretraining, once for all arms of a seed: SimCLR, batch 128, 500 steps, temperature 0.2, head
+128-128-64, Adam at 1e-3 with a cosine. Fine-tuning: 150 steps of 64 draws from the 50 labelled digits, SGD 0.03 with
+Nesterov's momentum and a cosine, the whole encoder learns. These are the pilot's; it says nothing of the views while
+fine-tuning: here shifts by up to a pixel and turns by up to 15 degrees, as the paper crops and turns, for all arms.
 
-Core-tuning is run as its released code is, in which the encoder learns through mixtures alone, and with gradient through the unmixed
-rows as well, which the equations would have. Measure: accuracy on the test digits. Untrained: the same fine-tuning of an encoder that was not pretrained.
+Core-tuning is run as its released code is, in which the encoder learns through mixtures alone, and with gradient through the
+unmixed rows as well. Measure: accuracy on the test digits. Untrained: the same fine-tuning of
+an encoder that was not pretrained.
 """
 
 from collections.abc import Callable, Mapping
@@ -115,7 +116,7 @@ def run(
     if progress is not None:
         progress(0.6)
     n = int(budget["batch_size"])
-    own = {"learn_original": bool(arm["learn_original"])} if "learn_original" in arm else {}
+    own: dict[str, Any] = {"learn_original": bool(arm["learn_original"])} if "learn_original" in arm else {}
     system = {"finetuning": FineTuning, "core_tuning": CoreTuning}[arm["system"]](
         encoder, num_features=WIDTHS[-1], num_classes=10, seed=seed, epochs=int(budget["steps"]), lr=0.03, batch_size=n,
         eta=float(arm["eta"]), micro_batch=n, **own,

@@ -5,7 +5,7 @@
 All 1,797 digits of scikit-learn. Classes 0 to 4 are old, half of their digits are labelled; 5 to 9 are new. Measured is the
 accuracy of the classes found on the unlabelled digits, after one matching of all. Encoder: three 3 x 3 convolutions and a
 linear layer, 128 features, from scratch; 60 epochs, of which the first 30 are the ramp of the pseudo-labels: half, as in the
-paper.
+paper. Its optimiser, at 0.03 for all arms: 0.1 is for a pretrained encoder, and worse here for the full arm on seeds 100 and 101.
 
 Arms: *full*; *no balance*, without the entropy term; *soft* and *hard*, all pseudo-labels soft or one-hot from the start; *no
 separation*; *instance*, the two losses of instances alone, and *untrained*: both of these with k-means on the features, which
@@ -31,6 +31,8 @@ __all__ = ["OLD", "build", "discovery_batches", "partly_labelled", "run"]
 
 OLD, CLASSES = 5, 10
 """Old classes, and all."""
+RATE = 0.03
+"""Learning rate of all arms."""
 
 
 def partly_labelled(seed: int) -> tuple[Split, npt.NDArray[np.int64]]:
@@ -40,7 +42,7 @@ def partly_labelled(seed: int) -> tuple[Split, npt.NDArray[np.int64]]:
     --------
     >>> split, truth = partly_labelled(0)
     >>> len(truth), int((split.train_labels >= 0).sum())
-    (1797, 451)
+    (1797, 450)
     """
     whole = digits(seed, test=0)
     truth = whole.train_labels.numpy()
@@ -57,7 +59,7 @@ def discovery_batches(
     --------
     >>> batch = discovery_batches(partly_labelled(0)[0], seed=0, batch_size=128)(3)
     >>> int((batch["label"] >= 0).sum())
-    61
+    69
     """
     sampler = HalfLabelledSampler(split.train_labels.numpy(), seed=seed)
     steps = len(split.train) // batch_size
@@ -94,7 +96,7 @@ def build(arm: Mapping[str, Any], *, seed: int, budget: Mapping[str, Any], sampl
     return kind(
         encoder, num_features=128, num_samples=samples, num_classes=OLD, num_new=CLASSES - OLD, seed=seed, epochs=epochs,
         steps_per_epoch=samples // int(budget["batch_size"]), batch_size=int(budget["batch_size"]), hidden=256, dim=64,
-        **settings,
+        **{"lr": RATE, "final_lr": 1e-3 * RATE} | settings,
     )  # fmt: skip
 
 
@@ -124,14 +126,14 @@ def run(
     -------
     dict
         Of the unlabelled digits: `right` (N,), which lie in the cluster of their class after one matching of all, and `apart`
-        (N,) after one of old and one of new classes; `old` and `new` (N,), which digits these are; `labels` (N,). `in use`:
+        (N,) after one of old and one of new classes; `old` and `new` (N,), which digits these are; `labels` (N,). `in_use`:
         clusters that hold at least a fifth of an even share of all digits.
 
     Examples
     --------
     >>> found = run({"system": "instance", "epochs": 0}, seed=100, data="digits", budget={"epochs": 1, "batch_size": 64})
     >>> len(found["right"]), bool(found["apart"].mean() >= found["right"].mean() > 0.5)
-    (1346, True)
+    (1347, True)
     """
     split, truth = partly_labelled(seed)
     system = build(arm, seed=seed, budget=budget, samples=len(truth))
@@ -153,5 +155,5 @@ def run(
     share = np.bincount(found, minlength=CLASSES) / len(found)
     return {
         "right": right_clusters(y, c, range(OLD)), "apart": right_clusters(y, c, range(OLD), protocol="apart"),
-        "old": y < OLD, "new": y >= OLD, "labels": y, "in use": int((share >= 0.2 / CLASSES).sum()),
+        "old": y < OLD, "new": y >= OLD, "labels": y, "in_use": int((share >= 0.2 / CLASSES).sum()),
     }  # fmt: skip

@@ -281,6 +281,11 @@ class TaskSampler(Sampler[list[Key]]):
             self.rows = np.concatenate([self.rows, self.memory])
         self.batch_size = min(batch_size - self.replayed, len(self.rows))  # of the task's own
 
+    @property
+    def sampler(self) -> "TaskSampler":
+        """Itself: trainers tell the epoch to the sampler of a batch sampler."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted within the task; the trainer calls it."""
         self.epoch = epoch

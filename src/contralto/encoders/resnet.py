@@ -1,8 +1,13 @@
-"""Small residual networks for small pictures, trained from scratch (He et al. 2016, the CIFAR form: a 3x3 stem, no pooling)."""
+"""Small networks trained from scratch: residual ones for small pictures (He et al. 2016, the CIFAR form: a 3x3 stem, no pooling).
+
+Beside them the two networks of few-shot papers.
+"""
+
+from itertools import pairwise
 
 from torch import Tensor, nn
 
-__all__ = ["Conv4", "SmallResNet"]
+__all__ = ["Conv4", "ResNet12", "SmallResNet"]
 
 
 class SmallResNet(nn.Module):
@@ -76,6 +81,51 @@ class Conv4(nn.Sequential):
         for layer in list(self)[:-2]:
             x = layer(x)
         return x
+
+
+class ResNet12(nn.Sequential):
+    """Four residual blocks of three 3 x 3 convolutions, each halving the sides: the larger network of few-shot papers.
+
+    Without their DropBlock. The widths are those of most papers of metric learning.
+
+    Parameters
+    ----------
+    widths : tuple of int
+        Channels of the blocks; the last are the features.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ResNet12((8, 8, 16, 16))(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 16])
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (64, 160, 320, 640)) -> None:
+        blocks = [_PooledBlock(a, b) for a, b in pairwise((3, *widths))]
+        super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.num_features = widths[-1]
+
+    def forward_map(self, x: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) to the map (N, num_features, h, w) whose mean the features are."""
+        for layer in list(self)[:-2]:
+            x = layer(x)
+        return x
+
+
+class _PooledBlock(nn.Module):
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for number, channels in enumerate((width_in, width_out, width_out)):
+            layers += [nn.Conv2d(channels, width_out, 3, padding=1, bias=False), nn.BatchNorm2d(width_out)]
+            layers += [nn.LeakyReLU(0.1)] if number < 2 else []
+        self.body = nn.Sequential(*layers)
+        self.shortcut = nn.Sequential(nn.Conv2d(width_in, width_out, 1, bias=False), nn.BatchNorm2d(width_out))
+        self.end = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.end(self.body(x) + self.shortcut(x))
+        return out
 
 
 class _Block(nn.Module):

@@ -147,8 +147,14 @@ def regression_scores(
         for name in ("many", "medium", "few"):
             if (kind == name).any():
                 values[f"mae, {name}"] = _mean(weights * (kind == name), error)
-    tail = (1 - level) / 2
-    return {k: Interval(float(v[0]), *map(float, np.nanquantile(v[1:], [tail, 1 - tail]))) for k, v in values.items()}
+    return {name: _interval(found, level) for name, found in values.items()}
+
+
+def _interval(found: Array, level: float) -> Interval:
+    """The value that comes first, between the quantiles of the others; what was not defined in a resample is left out."""
+    drawn, tail = found[1:][np.isfinite(found[1:])], (1 - level) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail]) if len(drawn) else (np.nan, np.nan)
+    return Interval(float(found[0]), float(low), float(high))
 
 
 def shots(numbers: Array, learnt: Array, *, bin: float = 1.0, many: int = 100, few: int = 20) -> npt.NDArray[np.str_]:  # noqa: A002

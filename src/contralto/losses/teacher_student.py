@@ -126,6 +126,7 @@ def audio_text(
     text: Tensor,
     which: Tensor | None = None,
     *,
+    pooled: Literal["mean", "sum"] = "mean",
     temperature: float | Tensor = 0.1,
     reduction: Reduction = "mean",
     gather: Gather = "none",
@@ -138,12 +139,20 @@ def audio_text(
         Row i of one belongs to row i of the other.
     which : Tensor (N,) of int, optional
         Number of the text: rows with the same number are positives of each other, all to the same part. None: every row is
-        another text, so that equal texts repel each other's sounds.
+        another text.
+    pooled : {"mean", "sum"}
+        What several positives give: the mean of the logarithms of their probabilities, or, beyond the paper, the logarithm of
+        their sum.
     temperature : float or Tensor
     reduction
         See `contrast`.
     gather
         "all" contrasts with the rows of all processes; see `contrast`.
+
+    Notes
+    -----
+    Where equal texts have equal rows, the mean of logarithms over them is what every row alone gives, so that `which` changes
+    nothing with "mean": sounds with equal texts still stand in each other's denominators. Only "sum" takes them out.
 
     Examples
     --------
@@ -158,6 +167,8 @@ def audio_text(
         )
     if which is not None and which.shape != audio.shape[:1]:
         raise UsageError(f"which must be of shape ({len(audio)},), got {tuple(which.shape)}")
+    if pooled not in ("mean", "sum"):
+        raise UsageError(f'pooled must be "mean" or "sum", got {pooled!r}')
     across = is_across(gather)
     own = own_places(audio) if across else torch.arange(len(audio), device=audio.device)
     positives: Tensor | Callable[[Tensor, Tensor], Tensor] = own
@@ -165,14 +176,17 @@ def audio_text(
         everyone = gather_rows(which) if across else which
         _, number, size = everyone.unique(return_inverse=True, return_counts=True)
         share = 1 / size[number].to(torch.promote_types(audio.dtype, torch.float32))
+        share = torch.ones_like(share) if pooled == "sum" else share
 
         def positives(rows: Tensor, columns: Tensor) -> Tensor:
             row = own[rows]
             return torch.where(number[row] == number[columns], share[row], 0.0)
 
+    summed = pooled == "sum" and which is not None
     there, back = (
         contrast(
-            x, gather_with_gradient(y) if across else y, positives=positives, temperature=temperature, reduction=reduction
+            x, gather_with_gradient(y) if across else y, positives=positives, temperature=temperature, reduction=reduction,
+            log_outside=summed,
         )
         for x, y in ((audio, text), (text, audio))
     )  # fmt: skip

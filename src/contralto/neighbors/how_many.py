@@ -2,8 +2,9 @@
 
 *search*, the usual baseline of category discovery: half of the labelled classes lose their labels, rows are clustered into K
 clusters with the labels that are left, and K is the one that recovers the hidden classes best (Brent's bounded search).
-*split*: a Gaussian mixture with splits and merges (GPC), from several beginnings; its prior is the variance within the labelled
-classes. Either is repeated on rows drawn with replacement, which gives the interval.
+*split*: a Gaussian mixture with splits and merges (GPC), from too many clusters; what it finds depends on its prior. Either is
+repeated on half of the rows, drawn anew each time, which gives the interval. (Rows drawn with replacement would not do: two equal
+rows are a cluster to a mixture.)
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from scipy.optimize import linear_sum_assignment, minimize_scalar
 
 from contralto.errors import UsageError
 from contralto.neighbors.kmeans import cluster_sums, rows_of, semi_supervised_kmeans
-from contralto.prototypes.gaussian import Prior, niw_prior, split_and_merge
+from contralto.prototypes.gaussian import niw_prior, split_and_merge
 
 __all__ = ["Estimate", "estimate_number", "rounds_of_splits", "within_variance"]
 
@@ -55,6 +56,7 @@ def estimate_number(
     restarts: int = 3,
     repeats: int = 10,
     method: Literal["search", "split"] = "search",
+    psi: float | None = None,
     max_rows: int = 5000,
     normalize: bool = True,
 ) -> Estimate:
@@ -71,8 +73,11 @@ def estimate_number(
     restarts : int
         Of every k-means.
     repeats : int
-        Drawings of rows, from which the interval comes.
+        Drawings of half of the rows, from which the interval comes.
     method : {"search", "split"}
+    psi : float, optional
+        Of "split", see `rounds_of_splits`; default: a quarter of the variance within the labelled classes. It is the scale of the
+        narrow directions of a class that counts, and classes are narrower in most directions than on average.
     max_rows : int
         Rows of a drawing.
     normalize : bool
@@ -111,15 +116,17 @@ def estimate_number(
     high = 3 * classes + 20 if high is None else high
     if not classes <= low <= high:
         raise UsageError(f"low must be at least the number of labelled classes, {classes}, and high at least low")
+    if psi is None and method == "split":
+        psi = within_variance(data, given) / 4
     found, scores = [], []
     for repeat in range(repeats):
         rng = np.random.default_rng([seed, repeat])
         rows = _drawn(given, max_rows, rng)
-        bounds = low, min(high, len(np.unique(rows)))
+        bounds = low, max(low, min(high, int((given[rows] < 0).sum())))
         if method == "search":
             number, tried = _search(data[rows], given[rows], *bounds, restarts, rng)
         else:
-            number, tried = _split(data[rows], given[rows], *bounds, restarts, rng)
+            number, tried = _split(data[rows], given[rows], *bounds, restarts, psi or 0.0, rng)
         found.append(number)
         scores.append(tried)
     mean = {k: float(np.mean([s[k] for s in scores if k in s])) for k in sorted({k for s in scores for k in s})}
@@ -134,7 +141,7 @@ def rounds_of_splits(
     labels: npt.ArrayLike,
     start: int,
     *,
-    prior: Prior | None = None,
+    psi: float = 0.005,
     rounds: int = 20,
     coin: float = 0.0,
     alpha: float = 1.0,
@@ -143,7 +150,7 @@ def rounds_of_splits(
     restarts: int = 3,
     normalize: bool = True,
 ) -> list[int]:
-    """Number of clusters after every round of k-means, splits and merges, until it stays or has been there before.
+    """Number of clusters after every round of k-means, splits and merges, until nothing is split or merged.
 
     Parameters
     ----------
@@ -151,9 +158,9 @@ def rounds_of_splits(
     labels : array (N,)
         Class of every row, -1 = unknown.
     start : int
-        Clusters to begin with.
-    prior : Prior, optional
-        Default: that around the mean of all rows, with `within_variance` as Psi.
+        Clusters to begin with, rather too many: of too few, one of a labelled class may hold new ones, and is never split.
+    psi : float
+        Of the prior, see `niw_prior`; 0 takes `within_variance`. The larger, the more clusters.
     rounds : int
         At most.
     coin, alpha, smallest
@@ -178,7 +185,7 @@ def rounds_of_splits(
     fixed = np.full(len(given), -1, np.int64)
     fixed[known] = np.unique(given[known], return_inverse=True)[1]
     x = torch.from_numpy(data)
-    prior = niw_prior(x, psi=within_variance(data, given)) if prior is None else prior
+    prior = niw_prior(x, psi=psi or within_variance(data, given))
     generator = torch.Generator().manual_seed(seed)
     numbers = [start]
     for turn in range(rounds):
@@ -213,9 +220,9 @@ def within_variance(features: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def _drawn(labels: Labels, max_rows: int, rng: np.random.Generator) -> Labels:
-    """Rows with replacement, so that every labelled class has one."""
+    """Half of the rows, and one of every labelled class that is not among them."""
     n = len(labels)
-    rows = rng.integers(n, size=min(n, max_rows))
+    rows = rng.permutation(n)[: min(-(-n // 2), max_rows)]
     missing = np.setdiff1d(labels[labels >= 0], labels[rows])
     extra = [rng.choice(np.flatnonzero(labels == c)) for c in missing]
     return np.concatenate([rows, np.asarray(extra, np.int64)])
@@ -243,12 +250,11 @@ def _search(
 
 
 def _split(
-    data: Array, labels: Labels, low: int, high: int, restarts: int, rng: np.random.Generator
+    data: Array, labels: Labels, low: int, high: int, restarts: int, psi: float, rng: np.random.Generator
 ) -> tuple[int, dict[int, float]]:
-    start, seed = int(rng.integers(low, high + 1)), int(rng.integers(2**31))
-    number = min(
-        max(rounds_of_splits(data, labels, start, seed=seed, restarts=restarts, normalize=False)[-1], low), high
-    )
+    start, seed = int(rng.integers((low + high) // 2, high + 1)), int(rng.integers(2**31))
+    numbers = rounds_of_splits(data, labels, start, psi=psi, seed=seed, restarts=restarts, normalize=False)
+    number = min(max(numbers[-1], low), high)
     return number, {number: 1.0}
 
 

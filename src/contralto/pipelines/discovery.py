@@ -46,7 +46,7 @@ from contralto.pipelines.pretrain import Pretraining
 from contralto.review.discovered import CLASSES, FOUND, MAP, Discoveries, write_discovery_report
 from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import Classifier, load
-from contralto.systems.discovery.base import Discovered, DiscoverySystem
+from contralto.systems.discovery.base import Discovered, DiscoverySystem, nearest_prototypes
 from contralto.systems.registry import SYSTEMS
 from contralto.training.probes import OnlineProbe
 from contralto.views.batched import BatchView, draw_batch
@@ -79,6 +79,7 @@ class Discovery(Pretraining):
         most_classes: int | None = None,
         frozen: bool = False,
         variants: int = 2,
+        cache: str | None = None,
         **rest: Any,
     ) -> Path:
         """Find out which new classes there are among pictures of which only some have labels.
@@ -98,9 +99,13 @@ class Discovery(Pretraining):
             Upper bound of the estimate, old and new together; default: 20 more than three times the labelled ones.
         frozen : bool
             Beyond the papers: the encoder stays as it is, its features of a few augmented views of each picture are computed
-            once, and two layers learn on them that begin as the identity. Tens of thousands of pictures take minutes on a CPU.
+            once, and two layers learn on them, which begin by centring them. Tens of thousands of pictures take minutes on a
+            CPU.
         variants : int
             With `frozen`: how many draws of each of the two views are kept.
+        cache : str, optional
+            Where features of the encoder as it begins are kept; default: in the run folder. Runs that share it compute them
+            once.
         **rest
             Arguments of `Pretraining.fit` and of the system.
 
@@ -168,6 +173,8 @@ class Discovery(Pretraining):
             )
             self.labels = np.concatenate([self.labels, np.full(len(self.more_rows), -1)])
             self.fingerprint = hashlib.sha256(f"{self.fingerprint} {self.more.fingerprint()}".encode()).hexdigest()[:16]
+        told = [*(manifest.fingerprint() for manifest, _ in self.parts()), *(rows.tolist() for _, rows in self.parts())]
+        self.shown = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         if len(self.old) < 2:
             found = f"only {self.old[0]!r} has" if self.old else "none has"
             raise DataError(
@@ -238,7 +245,7 @@ class Discovery(Pretraining):
         self.console.print(f"  {self.new} new classes; 95 % interval {max(low, 0)} to {max(high, 0)}", highlight=False)
 
     def _estimate(self) -> dict[str, Any]:
-        x = torch.from_numpy(unit_rows(self.plain.astype(np.float32)))
+        x = torch.from_numpy(unit_rows(self.plain.astype(np.float32) - self.centre()[0]))
         if x.shape[1] > DIRECTIONS < len(x):
             vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0))).eigenvectors
             x = x @ vectors[:, -DIRECTIONS:]
@@ -258,6 +265,11 @@ class Discovery(Pretraining):
         """Features (N, F) of all pictures by the encoder as it was before the training; float16, from the disk."""
         return self.features(self.begun, "features")
 
+    def centre(self) -> tuple[Array, float]:
+        """Mean (F,) of these features, and the root of the mean variance of a feature."""
+        x = self.plain.astype(np.float32)
+        return x.mean(0), float(max(np.sqrt(x.var(0).mean()), 1e-6))
+
     @property
     def begun(self) -> ImageEncoder:
         """The encoder as it was before the training."""
@@ -266,7 +278,7 @@ class Discovery(Pretraining):
         return self._begun
 
     def features(self, encoder: ImageEncoder, told: str, *, keep: bool = True) -> Array:
-        """Features (N, F) float16 of all pictures by an encoder; kept on the disk, or computed for this one use."""
+        """Features (N, F) float16 of all pictures by an encoder; kept on the disk, or for this one use."""
         view = EvalView(encoder.size, CROP, encoder.mean, encoder.std)
         device = device_of(self.arguments["accelerator"])
         found = []
@@ -279,7 +291,7 @@ class Discovery(Pretraining):
                 return self._shown(map_blocks(EncodePictures, blocks, setup=setup), told, len(blocks))
 
             if len(rows) and keep:
-                found.append(cached_array(self.out / "features", "plain", key, compute, rows=len(rows)))
+                found.append(cached_array(self.cache, "plain", key, compute, rows=len(rows)))
             elif len(rows):
                 found.append(np.concatenate(list(compute())))
         return found[0] if len(found) == 1 else np.concatenate(found)
@@ -307,10 +319,15 @@ class Discovery(Pretraining):
             blocks = (encode_batches(encoder, pixels(start), device=device) for start in starts)
             return self._shown(blocks, f"view {variant + 1}", len(starts))
 
-        return cached_array(self.out / "features", "view", key, compute, rows=len(self.labels))
+        return cached_array(self.cache, "view", key, compute, rows=len(self.labels))
+
+    @property
+    def cache(self) -> Path:
+        """Where features are kept."""
+        return Path(self.arguments["cache"] or self.out / "features")
 
     def _key(self, encoder: ImageEncoder, view: BatchView | EvalView) -> dict[str, Any]:
-        return {"encoder": encoder.fingerprint(), "view": repr(view), "data": self.fingerprint}
+        return {"encoder": encoder.fingerprint(), "view": repr(view), "pictures": self.shown}
 
     def _shown(self, blocks: Iterable[Array], told: str, total: int) -> Iterable[Array]:
         hidden = not (self.progress and self.console.is_terminal)
@@ -388,7 +405,7 @@ class Discovery(Pretraining):
         module = self.module.cpu()
         assert isinstance(module, DiscoverySystem)
         features = self.embedded(module, keep=True)
-        found, classes = self.tidy(module.discover(features, self.labels))
+        found, classes = self.tidy(module.discover(features, self.labels), features)
         encoder = self.whole()
         save_encoder(encoder, self.out / "encoder")
         weight = torch.from_numpy(found.prototypes)
@@ -421,7 +438,7 @@ class Discovery(Pretraining):
         learnt: Any = self.module.encoder
         return adapted(self.begun, learnt.backbone).eval() if self.arguments["frozen"] else learnt
 
-    def tidy(self, found: Discovered) -> tuple[Discovered, list[str]]:
+    def tidy(self, found: Discovered, features: Array) -> tuple[Discovered, list[str]]:
         """New classes by their size, without those that no unlabelled picture is in; and what all classes are called."""
         old, assigned = len(self.old), found.assigned
         size = np.bincount(assigned[self.labels < 0], minlength=len(found.prototypes))
@@ -433,7 +450,10 @@ class Discovery(Pretraining):
         lost = assigned < 0  # labelled pictures in a class that no other is in: by their label
         assigned = np.where(lost, self.labels, assigned)
         names = [*self.old, *new_names(len(kept) - old, self.old)]
-        return Discovered(assigned, found.confidence, found.prototypes[kept], found.temperature, found.numbers), names
+        prototypes, confidence = found.prototypes[kept], found.confidence
+        if len(kept) < len(size):  # how sure it is among those that are left
+            confidence = nearest_prototypes(features, prototypes, temperature=found.temperature)[1]
+        return Discovered(assigned, confidence, prototypes, found.temperature, found.numbers), names
 
     def scores(self, found: Discovered, model: Classifier) -> dict[str, Any]:
         """What can be said of the outcome; right labels of a split other than `train` say most."""

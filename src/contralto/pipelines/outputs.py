@@ -13,7 +13,7 @@ import pyarrow.csv
 import torch
 
 from contralto.errors import UsageError
-from contralto.files import naming, remove_leftovers, write_atomically, write_json
+from contralto.files import naming, plain_json, remove_leftovers, write_atomically, write_json
 
 __all__ = ["FREE", "claim_run", "environment", "model_card", "write_cleaned_csv"]
 
@@ -42,7 +42,8 @@ def claim_run(
     if path.exists() and (out / "manifest").exists():
         with naming(path):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        ours, theirs = ({k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (config, before))
+        written = json.loads(plain_json(config))  # as it comes back: a pair as a list
+        ours, theirs = ({k: v for k, v in c.get("arguments", {}).items() if k not in FREE} for c in (written, before))
         same = before.get("data") == data and before.get("system") == system
         if not same or ours != theirs:
             changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))

@@ -163,7 +163,10 @@ class Pretraining:
         if self.arguments["devices"] != 1:
             raise UsageError("this job trains on one device; the system runs on several under a Trainer of your own")
         self.console = Console(stderr=True, quiet=not progress)
-        told = {k: str(v) if isinstance(v, Path) else v for k, v in sorted(self.arguments.items())}
+        told = {
+            k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v  # as JSON gives it back
+            for k, v in sorted(self.arguments.items())
+        }
         claim_run(out, self.name, data, told)
         if (out / "seconds.json").exists():
             with naming(out / "seconds.json"):

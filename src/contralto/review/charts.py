@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["bar_pairs", "curve", "heat_map", "scatter", "share_map"]
+__all__ = ["agreement", "bar_pairs", "curve", "heat_map", "scatter", "share_map"]
 
 Point = tuple[float, float]
 
@@ -185,3 +185,41 @@ def scatter(
         )
         parts.append(f'<text class="proto-name" x="{px + 9:.0f}" y="{py + 4:.0f}">{escape(name[:24])}</text>')
     return _svg(size, size, "".join(parts), "map of the training images with the prototypes of the classes")
+
+
+def agreement(points: Sequence[Point], *, label: str, x_label: str, y_label: str, size: int = 420) -> str:
+    """Points (what is right, what was told) in a square with the line on which both are the same.
+
+    Examples
+    --------
+    >>> agreement([(1.0, 1.2), (2.0, 1.9)], label="told", x_label="right", y_label="told").count("<circle")
+    2
+    """
+    if not points:
+        return ""
+    values = [v for p in points for v in p]
+    low, high = min(values), max(values)
+    high = high if high > low else low + 1
+    left, top, side = 52, 10, size - 92
+
+    def x_of(v: float) -> float:
+        return left + (v - low) / (high - low) * side
+
+    def y_of(v: float) -> float:
+        return top + side - (v - low) / (high - low) * side
+
+    parts = []
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        x, y = x_of(value), y_of(value)
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 5}" y="{y + 3:.1f}" text-anchor="end">{value:.4g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{top + side + 14}" text-anchor="middle">{value:.4g}</text>')
+    parts.append(
+        f'<line class="grid" x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" y2="{y_of(high):.1f}"/>'
+    )
+    parts += [f'<circle class="dot c0" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.4"/>' for x, y in points]
+    middle = left + side / 2
+    parts.append(f'<text class="tick" x="{middle}" y="{top + side + 30}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="tick" x="{left}" y="{top + side + 44}">{escape(y_label)}</text>')
+    return _svg(size, size, "".join(parts), label)

@@ -322,6 +322,15 @@ SYSTEMS: dict[str, System] = {
             )
         ),
         System(
+            name="tmv_hlp",
+            title="TMV-HLP",
+            problem="classes of all unlabelled images at once, from a few labelled ones or from words",
+            data="images, a few of each class with labels; or names and definitions of the classes",
+            paper="Transductive Multi-view Zero-Shot Learning, TPAMI 2015, arXiv 1501.04560",
+            path="contralto.systems.zeroshot.tmv_hlp:TMVHLP",
+            job="contralto.pipelines.transductive:Transductive",
+        ),
+        System(
             name="sentence-mim",
             title="SentenceMIM",
             problem="encoder and writer of sentences, from texts alone",

@@ -7,8 +7,7 @@ everything in the batch as the model sees it now (NSPT: negatives of the student
 
 Continual Contrastive Spoken Language Understanding, Cappellazzo et al., ACL Findings 2024, arXiv 2310.02699. No code of the
 method was released: weights and temperature of the losses, the projections and whether an anchor's own teacher row is one of its
-positives (it is, here) are this library's reading of the paper. Equal texts are positives of each other by default: with a
-closed vocabulary they would be false negatives.
+positives (it is, here) are this library's reading of the paper.
 """
 
 from collections.abc import Sequence
@@ -65,8 +64,9 @@ class COCONUT(ContinualSystem):
         See there.
     mm_on : {"new", "all"}
         Whether MM is over the samples of the task, or also over those of the memory.
-    shared_text : {"multi_positive", "ignore"}
-        Whether equal texts are positives of each other, or negatives.
+    shared_text : {"multi_positive", "summed", "ignore"}
+        Whether equal texts are positives of each other, pooled by the mean of logarithms, or (beyond the paper) by the logarithm
+        of their sum; see `contralto.losses.teacher_student.audio_text`.
     distillation : {"none", "token", "sequence", "features"}
         What else the last model says of the replayed samples: its distribution of every word of the right text, the text that it
         writes (by beam search) in place of the right one, or its features.
@@ -138,7 +138,7 @@ class COCONUT(ContinualSystem):
         negatives: Literal["all", "new_only"] = "all",
         include_self_positive: bool = True,
         mm_on: Literal["new", "all"] = "new",
-        shared_text: Literal["multi_positive", "ignore"] = "multi_positive",
+        shared_text: Literal["multi_positive", "summed", "ignore"] = "multi_positive",
         distillation: Distillation = "none",
         distillation_weight: float = 0.5,
         smoothing: float = 0.1,
@@ -169,7 +169,7 @@ class COCONUT(ContinualSystem):
         if min(nspt_weight, mm_weight, distillation_weight) < 0 or not 0 <= smoothing < 1:
             raise UsageError("weights of losses must be at least 0, and smoothing in [0, 1)")
         for name, value, known in (
-            ("mm_on", mm_on, ("new", "all")), ("shared_text", shared_text, ("multi_positive", "ignore")),
+            ("mm_on", mm_on, ("new", "all")), ("shared_text", shared_text, ("multi_positive", "summed", "ignore")),
             ("distillation", distillation, get_args(Distillation)),
         ):  # fmt: skip
             if value not in known:
@@ -219,10 +219,9 @@ class COCONUT(ContinualSystem):
         if not self.mm_weight:
             return audio.new_zeros(())
         texts = self.text_head(self.decoder.text_mean(text))
-        which = None
-        if self.shared_text == "multi_positive":
-            which = text_numbers(text)[rows]
-        return audio_text(audio[rows], texts[rows], which, temperature=self.temperature, gather="all")
+        which = None if self.shared_text == "ignore" else text_numbers(text)[rows]
+        pooled: Literal["mean", "sum"] = "sum" if self.shared_text == "summed" else "mean"
+        return audio_text(audio[rows], texts[rows], which, pooled=pooled, temperature=self.temperature, gather="all")
 
     def _of_last_model(
         self,

@@ -29,8 +29,6 @@ class Regression(EncoderSystem):
     ----------
     encoder, num_features, ..., momentum, warmup_epochs
         See `EncoderSystem`.
-    center, spread : float
-        Mean and deviation of the numbers that are learnt from; the output is told in these.
     schedule : {"step", "cosine"}
         "step" lowers the rate to a tenth after four fifths of the training, as the paper does.
     smallest_crop, flip, colours : float
@@ -39,15 +37,23 @@ class Regression(EncoderSystem):
     noise, drop : float
         Views of rows: see `contralto.views.tables.draw_rows`.
 
+    Attributes
+    ----------
+    center, spread : Tensor ()
+        Mean and deviation of the numbers, from `learn_scale`; 0 and 1 to begin with.
+
     Examples
     --------
-    >>> system = Regression(nn.Linear(8, 4), num_features=4, center=10.0)
+    >>> system = Regression(nn.Linear(8, 4), num_features=4)
+    >>> system.learn_scale(torch.arange(6.0))
     >>> batch = {"views": [torch.randn(6, 8), torch.randn(6, 8)], "index": torch.arange(6), "number": torch.arange(6.0)}
     >>> sorted(system.step(batch)), system.tell(torch.randn(3, 8)).shape
     (['features', 'loss', 'mae'], torch.Size([3]))
     """
 
     needs: ClassVar[tuple[str, ...]] = ("number",)
+    center: Tensor
+    spread: Tensor
 
     def __init__(
         self,
@@ -56,8 +62,6 @@ class Regression(EncoderSystem):
         num_features: int,
         num_samples: int = 0,
         steps_per_epoch: int = 1,
-        center: float = 0.0,
-        spread: float = 1.0,
         seed: int = 0,
         epochs: int = 100,
         batch_size: int = 64,
@@ -78,15 +82,29 @@ class Regression(EncoderSystem):
             epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
             warmup_epochs=warmup_epochs,
         )  # fmt: skip
-        if not spread > 0:
-            raise UsageError(f"spread must be above 0, got {spread}: are all numbers the same?")
         if schedule not in ("step", "cosine"):
             raise UsageError(f'schedule must be "step" or "cosine", got {schedule!r}')
-        self.center, self.spread = center, spread
         self.schedule: Schedule = schedule
         self.smallest_crop, self.flip, self.colours, self.noise, self.drop = smallest_crop, flip, colours, noise, drop
+        self.register_buffer("center", torch.tensor(0.0))
+        self.register_buffer("spread", torch.tensor(1.0))
         with self.seeded():
             self.output = nn.Linear(num_features, 1)
+
+    @torch.no_grad()
+    def learn_scale(self, numbers: Tensor) -> None:
+        """Take mean and deviation of the numbers (N,) that are learnt from; the output is told in these.
+
+        Raises
+        ------
+        UsageError
+            If all are the same.
+        """
+        spread = numbers.double().std(correction=0)
+        if not spread > 0:
+            raise UsageError(f"all numbers to learn from are {float(numbers[0]):g}: there is nothing to tell")
+        self.center.copy_(numbers.double().mean())
+        self.spread.copy_(spread)
 
     def views(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
@@ -109,7 +127,7 @@ class Regression(EncoderSystem):
         """Loss of a batch of two views, in deviations; and the mean absolute error, in units."""
         features, numbers = self.features_of(batch)
         told = self.output(features).squeeze(1)
-        wanted = ((numbers - self.center) / self.spread).repeat(2)
+        wanted = ((numbers - self.center) / self.spread).to(told.dtype).repeat(2)
         loss = F.l1_loss(told, wanted) * mean_weight(torch.tensor(len(numbers), device=told.device))
         return {
             "loss": loss,
@@ -125,7 +143,7 @@ class Regression(EncoderSystem):
             wrong = int(batch["index"][~torch.isfinite(numbers)][0])
             raise DataError(f"sample {wrong} has no number to learn from (NaN or infinite)")
         features: Tensor = self.encoder(torch.cat(views))
-        return features, numbers.to(features.dtype)
+        return features, numbers
 
     def tell(self, x: Tensor) -> Tensor:
         """The numbers (N,) of samples, by the output that was trained."""

@@ -80,8 +80,6 @@ class SupReMix(Regression):
         num_features: int,
         num_samples: int = 0,
         steps_per_epoch: int = 1,
-        center: float = 0.0,
-        spread: float = 1.0,
         seed: int = 0,
         epochs: int = 100,
         batch_size: int = 64,
@@ -110,8 +108,8 @@ class SupReMix(Regression):
         nearest: int | None = None,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, center=center,
-            spread=spread, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
+            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch,
+            seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
             weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, schedule=schedule,
             smallest_crop=smallest_crop, flip=flip, colours=colours, noise=noise, drop=drop,
         )  # fmt: skip
