@@ -385,6 +385,7 @@ class Transductive:
             self.out / "metrics.json",
             {
                 "pictures": len(found), "labelled": int(known.sum()), "found": int((~known).sum()), "classes": len(names),
+                "skipped": self.manifest.skipped.num_rows,
                 "agreement_of_views": agreement, "seconds": self.seconds,
                 "memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
                 "scores": scores, "files": files,
