@@ -192,8 +192,9 @@ def measure(name: str, pair: tuple[Step, Step], rounds: int) -> dict[str, Any]:
     told = [[step() for step in pair] for _ in range(rounds)]
     ours, theirs = (statistics.median(t[i] for t in told) for i in (0, 1))
     return {
-        "system": name, "baseline": BASELINES[name], "per_second": round(1 / ours, 2),
-        "baseline_per_second": round(1 / theirs, 2), "ratio": round(statistics.median(a / b for a, b in told), 2), "rounds": rounds,
+        "system": name, "baseline": BASELINES[name], "rounds": rounds,
+        "per_second": round(1 / ours, 2), "baseline_per_second": round(1 / theirs, 2),
+        "ratio": round(statistics.median(a / b for a, b in told), 2),
     }  # fmt: skip
 
 

@@ -172,9 +172,10 @@ def test_interrupted_it_goes_on_with_the_views_that_it_has(digits_file, tmp_path
         raise KeyboardInterrupt
 
     arguments = {"label_column": "label"} | GRAPH | QUIET
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(TMVHLP, "fit", interrupted)
-        Transductive("tmv_hlp").fit(str(digits_file), tmp_path / "run", **arguments)
+        with pytest.raises(KeyboardInterrupt):
+            Transductive("tmv_hlp").fit(str(digits_file), tmp_path / "run", **arguments)
     assert not (tmp_path / "run" / "labels.parquet").exists()
     with monkeypatch.context() as patch:
         patch.setattr(transductive, "describe", interrupted)
