@@ -45,7 +45,8 @@ HOSTILE = "<script>window.hacked = 1</script>"
 def rows(names, per_class, first=0, given=lambda name, i: name, **more):
     """Pictures of some colours; `given` says which label a picture has."""
     return [
-        {"id": f"{n}-{first + i}", "image": picture(COLOURS[n], seed=1000 * c + first + i), "class_name": given(n, i)} | more
+        {"id": f"{n}-{first + i}", "image": picture(COLOURS[n], seed=1000 * c + first + i), "class_name": given(n, i)}
+        | more
         for c, n in enumerate(names)
         for i in range(per_class)
     ]
@@ -129,9 +130,7 @@ def test_labels_of_other_splits_are_not_learnt_from(colours, encoder, run, tmp_p
     """Held-out pictures show all six colours, with labels: new ones stay new, and no weight depends on them."""
     without = pq.read_table(colours[0]).filter(pa.compute.equal(pa.compute.field("split"), "train"))
     pq.write_table(without, tmp_path / "train.parquet")
-    again = get_job("protogcd").fit(
-        str(tmp_path / "train.parquet"), tmp_path / "run", image_encoder=encoder, **LONGER
-    )
+    again = get_job("protogcd").fit(str(tmp_path / "train.parquet"), tmp_path / "run", image_encoder=encoder, **LONGER)
     a, b = (pq.read_table(r / "discovered.parquet").drop_columns(["index"]) for r in (run, again))
     assert a.equals(b)
 
@@ -178,10 +177,14 @@ def test_right_names_make_right_predictions(run, colours, capsys):
             names[c] = max(set(shown), key=shown.count)
     save_names(run, names)
     assert main(["evaluate", str(run), colours[1], "--json"]) == 0
-    right = json.loads(capsys.readouterr().out)["scores"]["right by the names that people gave, images of the run"]["value"]
+    right = json.loads(capsys.readouterr().out)["scores"]["right by the names that people gave, images of the run"][
+        "value"
+    ]
     save_names(run, dict.fromkeys(names, "something else"))
     assert main(["evaluate", str(run), colours[1], "--json"]) == 0
-    wrong = json.loads(capsys.readouterr().out)["scores"]["right by the names that people gave, images of the run"]["value"]
+    wrong = json.loads(capsys.readouterr().out)["scores"]["right by the names that people gave, images of the run"][
+        "value"
+    ]
     assert right > wrong
 
 
