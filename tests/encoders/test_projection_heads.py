@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from contralto.encoders.crops import forward_by_size
-from contralto.encoders.heads import Reweight, SymmetricReLU, identity_mlp, projection_head
+from contralto.encoders.heads import Reweight, SymmetricReLU, dino_head, identity_mlp, projection_head
 from contralto.errors import UsageError
 
 REFERENCE = np.load(Path(__file__).parents[1] / "reference" / "projection_head.npz", allow_pickle=False)
@@ -109,3 +110,29 @@ def test_views_of_one_size_pass_together_in_their_order():
     for wrong in ([], [torch.zeros(2, 3), torch.zeros(3, 3)]):
         with pytest.raises(UsageError, match="same samples"):
             forward_by_size(Sum(), wrong)
+
+
+def test_dinos_head_is_three_layers_with_gelu_and_small_weights():
+    torch.manual_seed(0)
+    head = dino_head(32, 64, 16)
+    x = torch.randn(5, 32)
+    first, second, third = head[0], head[2], head[4]
+    expected = third(F.gelu(second(F.gelu(first(x)))))
+    assert torch.equal(head(x), expected)
+    assert len(head) == 5
+    for layer in (first, second, third):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert (layer.bias == 0).all()
+
+
+def test_the_last_layer_of_dinos_head_gives_cosines_and_its_gain_never_learns():
+    head = dino_head(8, 16, 4, last=6)
+    learnt = [name for name, p in head.named_parameters() if p.requires_grad]
+    assert sum("parametrizations" in name for name in learnt) == 1
+    x = torch.randn(3, 8)
+    inner = head[:5](x)
+    cosines = F.normalize(inner, dim=1) @ F.normalize(head[-1].weight, dim=1).T
+    torch.testing.assert_close(head(x), cosines)
+    with torch.no_grad():
+        head[-1].parametrizations.weight.original1.mul_(3)
+    torch.testing.assert_close(head(x), cosines)

@@ -113,7 +113,7 @@ def test_memory_is_linear_in_the_rows():
 
 def test_what_cannot_be_is_said():
     x = np.ones((6, 2))
-    with pytest.raises(UsageError, match="k must be between the number of classes with labels, 2, .* 6; got 1"):
+    with pytest.raises(UsageError, match=r"k must be between the number of classes with labels, 2, .* 6; got 1"):
         semi_supervised_kmeans(x, [0, 5, -1, -1, -1, -1], 1)
     with pytest.raises(UsageError, match="got 7"):
         semi_supervised_kmeans(x, [0, 5, -1, -1, -1, -1], 7)

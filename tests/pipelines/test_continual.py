@@ -248,7 +248,26 @@ def test_replay_trains_on_what_it_kept_and_on_nothing_else_of_before(coloured, t
     assert json.loads((run / "metrics.json").read_text())["kept"] == 4
 
 
-def test_joint_training_sees_all_so_far_and_views_differ_between_tasks(coloured, tmp_path, monkeypatch):
+def test_every_epoch_of_the_stream_has_an_order_of_its_own(coloured, tmp_path, monkeypatch):
+    job, seen = get_job("prd"), []
+    step = job.system.training_step
+
+    def noted(self, batch, batch_idx):
+        seen.append((int(self.task), self.current_epoch, batch["index"].tolist(), batch["views"][0]))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(job.system, "training_step", noted)
+    job.fit(str(coloured), tmp_path / "run", **PRD_SMALL)
+    epochs = {(t, e): [i for a, b, rows, _ in seen if (a, b) == (t, e) for i in rows] for t, e, _, _ in seen}
+    assert list(epochs) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert all(len(rows) == len(set(rows)) == 2 * TRAIN for rows in epochs.values())
+    assert len({tuple(np.argsort(np.argsort(rows))) for rows in epochs.values()}) == 5
+    pixels = [x for _, _, rows, views in seen for i, x in zip(rows, views, strict=True) if i == epochs[0, 0][0]]
+    assert len(pixels) == 3
+    assert not torch.equal(pixels[0], pixels[1])
+
+
+def test_joint_training_sees_all_so_far(coloured, tmp_path, monkeypatch):
     job, seen = get_job("joint"), []
     step = job.system.training_step
 

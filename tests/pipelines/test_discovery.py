@@ -38,7 +38,7 @@ SMALL = {
     "image_size": 16, "batch_size": 16, "epochs": 3, "hidden": 16, "dim": 8, "lr": 0.02, "progress": False,
     "new_classes": 2, "frozen": True,
 }  # fmt: skip
-LONGER = SMALL | {"epochs": 30, "lr": 0.1, "ramp_epochs": 15}
+LONGER = SMALL | {"epochs": 30, "lr": 0.01, "ramp_epochs": 15}
 HOSTILE = "<script>window.hacked = 1</script>"
 
 
@@ -271,7 +271,6 @@ def test_gpc_hears_of_all_samples_before_its_epochs(colours, encoder, tmp_path, 
     numbers = json.loads((run / "metrics.json").read_text())["numbers"]
     assert len(numbers) == 2  # not before the first epoch
     assert all(n >= 4 for n in numbers)
-    assert not list((run / "features").glob("plain-*")) == whole_encoder or whole_encoder
     assert len(list((run / "features").glob("plain-*.npy"))) == 1  # those of the epochs are not kept
 
 

@@ -219,7 +219,7 @@ def test_empty_clusters_are_dropped():
 
 def test_what_cannot_be_is_said():
     x = torch.randn(6, 3)
-    with pytest.raises(UsageError, match="nu above D - 1 = 2, got 0.0001 and 1.5"):
+    with pytest.raises(UsageError, match=r"nu above D - 1 = 2, got 0\.0001 and 1\.5"):
         niw_prior(x, nu=1.5)
     with pytest.raises(UsageError, match="psi must be a positive"):
         niw_prior(x, psi=-torch.eye(3))
@@ -227,11 +227,11 @@ def test_what_cannot_be_is_said():
         split_and_merge(x, torch.zeros(6, dtype=torch.long), 1, niw_prior(x), generator=seeded(), coin=2.0)
     with pytest.raises(UsageError, match=r"number in \[0, 2\)"):
         split_and_merge(x, torch.arange(6), 2, niw_prior(x), generator=seeded())
+    fixed = torch.tensor([1, -1, -1, -1, -1, -1])
     with pytest.raises(UsageError, match="class 0 has no labelled row"):
-        fixed = torch.tensor([1, -1, -1, -1, -1, -1])
         split_and_merge(x, torch.tensor([1, 0, 0, 0, 0, 0]), 2, niw_prior(x), generator=seeded(), fixed=fixed)
     with pytest.raises(UsageError, match="differ from fixed"):
         split_and_merge(x, torch.zeros(6, dtype=torch.long), 2, niw_prior(x), generator=seeded(), fixed=fixed)
+    one = Moments(torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3, 3))
     with pytest.raises(UsageError, match="alpha"):
-        one = Moments(torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3, 3))
         log_split_ratio(one, one, niw_prior(x), alpha=0.0)

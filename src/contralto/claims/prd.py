@@ -133,7 +133,7 @@ def run(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = nn.Sequential(*list(conv_encoder(FEATURES))[:-1])
-    fixed = {
+    fixed: dict[str, Any] = {
         "num_features": FEATURES, "num_classes": 10, "seed": seed, "epochs": int(budget["epochs"]),
         "extra_epochs": int(budget["extra_epochs"]) if given.get("epochs", 1) else 0, "batch_size": int(budget["batch_size"]),
         "milestones": (),

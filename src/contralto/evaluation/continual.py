@@ -59,12 +59,12 @@ def right_answers(
     return Protocols(answered & (scores.argmax(1) == label), answered & (within.argmax(1) == label))
 
 
-def accuracy_matrix(right: Sequence[npt.ArrayLike], tasks: npt.ArrayLike) -> Matrix:
+def accuracy_matrix(right: npt.ArrayLike, tasks: npt.ArrayLike) -> Matrix:
     """Accuracy after every task on the test of every task so far.
 
     Parameters
     ----------
-    right : sequence of array (N,)
+    right : array (T, N)
         For every task that was learnt, 1 where the answer to a test sample was right then. What stands at samples of tasks that
         had not come yet does not count.
     tasks : array (N,)
@@ -122,7 +122,7 @@ def backward_transfer(matrix: npt.ArrayLike) -> float:
 
 
 def continual_scores(
-    right: Sequence[npt.ArrayLike],
+    right: npt.ArrayLike,
     tasks: npt.ArrayLike,
     *,
     groups: npt.NDArray[Any] | None = None,
@@ -166,7 +166,7 @@ def continual_scores(
     return {n: Interval(float(point[0, k]), float(low[k]), float(high[k])) for k, n in enumerate(SCORES)}
 
 
-def _checked(right: Sequence[npt.ArrayLike], tasks: npt.ArrayLike) -> tuple[Matrix, Any]:
+def _checked(right: npt.ArrayLike, tasks: npt.ArrayLike) -> tuple[Matrix, Any]:
     """Answers (T, N) and membership (N, T), of the samples that belong to a task."""
     number, found = np.asarray(tasks, np.int64), np.asarray(right, float)
     if found.ndim != 2 or number.shape != found.shape[1:]:

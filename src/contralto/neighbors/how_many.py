@@ -56,7 +56,7 @@ def estimate_number(
     restarts: int = 3,
     repeats: int = 10,
     method: Literal["search", "split"] = "search",
-    psi: float = 0.005,
+    psi: float | None = None,
     max_rows: int = 5000,
     normalize: bool = True,
 ) -> Estimate:
@@ -75,8 +75,9 @@ def estimate_number(
     repeats : int
         Drawings of half of the rows, from which the interval comes.
     method : {"search", "split"}
-    psi : float
-        Of "split", see `rounds_of_splits`.
+    psi : float, optional
+        Of "split", see `rounds_of_splits`; default: a quarter of the variance within the labelled classes. It is the scale of the
+        narrow directions of a class that counts, and classes are narrower in most directions than on average.
     max_rows : int
         Rows of a drawing.
     normalize : bool
@@ -115,6 +116,8 @@ def estimate_number(
     high = 3 * classes + 20 if high is None else high
     if not classes <= low <= high:
         raise UsageError(f"low must be at least the number of labelled classes, {classes}, and high at least low")
+    if psi is None and method == "split":
+        psi = within_variance(data, given) / 4
     found, scores = [], []
     for repeat in range(repeats):
         rng = np.random.default_rng([seed, repeat])
@@ -123,7 +126,7 @@ def estimate_number(
         if method == "search":
             number, tried = _search(data[rows], given[rows], *bounds, restarts, rng)
         else:
-            number, tried = _split(data[rows], given[rows], *bounds, restarts, psi, rng)
+            number, tried = _split(data[rows], given[rows], *bounds, restarts, psi or 0.0, rng)
         found.append(number)
         scores.append(tried)
     mean = {k: float(np.mean([s[k] for s in scores if k in s])) for k in sorted({k for s in scores for k in s})}

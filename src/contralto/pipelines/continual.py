@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ from contralto.systems.continual.base import ContinualSystem
 from contralto.systems.registry import SYSTEMS
 from contralto.views.image import EvalView
 
-__all__ = ["Continual", "held_out"]
+__all__ = ["Continual", "held_out", "score_of"]
 
 Array = npt.NDArray[Any]
 SCORES = {
@@ -87,7 +87,14 @@ def held_out(
 
 
 class Continual(Pretraining):
-    """The job behind ``contralto fit`` for one system that learns task by task."""
+    """The job behind ``contralto fit`` for one system that learns task by task.
+
+    A job for something else than pictures says differently how to `ingest`, `loader`, `embed`, `ask` and `finish`.
+    """
+
+    things: ClassVar[str] = "pictures"
+    protocols: ClassVar[dict[str, str]] = PROTOCOLS
+    shown: ClassVar[dict[str, str]] = SCORES
 
     def fit(
         self,
@@ -151,23 +158,41 @@ class Continual(Pretraining):
             If a task has too few pictures to learn from or to test.
         """
         super().ingest()
+        self.divide(self.manifest.right_labels, self.manifest.column("group").astype(str), *self.manifest.split_of())
+
+    def divide(self, labels: Array, groups: Array, wanted: str | None, tested: Array) -> None:
+        """Cut what there is into tasks, and keep some of it for testing.
+
+        Parameters
+        ----------
+        labels, groups : array (M,)
+            Right labels and groups of all samples; `self.rows` are those to learn from, `self.labels` their labels.
+        wanted : str, optional
+            Name of the split that is for testing; None: a share of those to learn from is kept for it.
+        tested : array (M,) of bool
+            Which samples are in it.
+
+        Raises
+        ------
+        UsageError
+            If the samples cannot be cut so.
+        DataError
+            If a task has too few samples to learn from or to test.
+        """
         a = self.arguments
         if not 0 < a["test_share"] < 1:
             raise UsageError(f"test_share must be between 0 and 1, got {a['test_share']}")
-        labels = self.manifest.right_labels
-        groups = self.manifest.column("group").astype(str)
         domains = groups if a["split_by"] == "domain" else None
         if domains is not None and np.isin(domains[self.rows], ["", "None"]).any():
-            raise DataError("pictures without a domain: name its column with --group_column", file=self.data)
-        wanted, tested = self.manifest.split_of()
+            raise DataError(f"{self.things} without a domain: name its column with --group_column", file=self.data)
         if wanted is None:
             kinds = np.unique(np.stack([groups, labels.astype(str)]), axis=1, return_inverse=True)[1].reshape(-1)
             held = held_out(
                 kinds if domains is not None else labels, a["test_share"],
                 groups=None if domains is not None else groups, seed=a["seed"],
             )  # fmt: skip
-            tested, self.rows = held & np.isin(np.arange(len(held)), self.rows), self.rows[~held[self.rows]]
-            self.labels = self.manifest.labels.astype(np.int64)[self.rows]
+            tested, kept = held & np.isin(np.arange(len(held)), self.rows), ~held[self.rows]
+            self.rows, self.labels = self.rows[kept], self.labels[kept]
         self.tasks = self.cut(None if domains is None else domains[self.rows])
         self.test_rows = np.flatnonzero(tested & (labels >= 0))
         of_task = task_of_samples(self.tasks, labels, domains)[self.test_rows]
@@ -177,13 +202,13 @@ class Continual(Pretraining):
             learnt, test = len(task.rows), int((self.test_tasks == number).sum())
             if learnt < 2 or not test:
                 raise DataError(
-                    f"{task.name} has {learnt} pictures to learn from and {test} to test, and needs 2 and 1: fewer --tasks, or "
-                    f"another --test_share",
+                    f"{task.name} has {learnt} {self.things} to learn from and {test} to test, and needs 2 and 1: fewer "
+                    f"--tasks, or another --test_share",
                     file=self.data,
                 )
         sizes = [len(t.rows) for t in self.tasks]
         self.console.print(
-            f"  {len(self.tasks)} tasks of {min(sizes)} to {max(sizes)} pictures, {len(self.test_rows)} to test",
+            f"  {len(self.tasks)} tasks of {min(sizes)} to {max(sizes)} {self.things}, {len(self.test_rows)} to test",
             highlight=False,
             soft_wrap=True,
         )
@@ -327,8 +352,10 @@ class Continual(Pretraining):
         tables = []
         for number in range(len(self.tasks)):
             with naming(self.folder(number) / "answers.parquet"):
-                tables.append(pq.read_table(self.folder(number) / "answers.parquet", columns=["index", *PROTOCOLS]))
-        for column, told in PROTOCOLS.items():
+                tables.append(
+                    pq.read_table(self.folder(number) / "answers.parquet", columns=["index", *self.protocols])
+                )
+        for column, told in self.protocols.items():
             right = np.zeros((len(tables), len(self.test_rows)))
             for number, table in enumerate(tables):
                 place = np.searchsorted(self.test_rows, table.column("index").to_numpy())
@@ -336,14 +363,19 @@ class Continual(Pretraining):
             matrix = accuracy_matrix(right, self.test_tasks)
             found["matrix"][told] = [[None if math.isnan(x) else round(x, 4) for x in row] for row in matrix]
             scores = continual_scores(right, self.test_tasks, groups=self._test_groups())
-            found["scores"] |= {f"{told}: {SCORES[name]}": _score(scores[name]) for name in SCORES}
-        names = self.manifest.class_names
+            found["scores"] |= {f"{told}: {words}": score_of(scores[name]) for name, words in self.shown.items()}
+        names = self.class_names
         counted = np.bincount(self.test_tasks, minlength=len(self.tasks)).tolist()
         found["tasks"] = [
             {"name": t.name, "classes": [names[c] for c in t.classes], "pictures": len(t.rows), "tested": tested}
             for t, tested in zip(self.tasks, counted, strict=True)
         ]
         return found
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of their numbers."""
+        return self.manifest.class_names
 
     def _test_groups(self) -> Array | None:
         return None if self.arguments["split_by"] == "domain" else self.test_groups
@@ -433,14 +465,21 @@ class Continual(Pretraining):
         scores = {}
         for told_as, answers in zip(PROTOCOLS.values(), right, strict=True):
             value = accuracy_interval(answers, labels[rows], groups=None if by_domain else groups[rows])
-            scores[f"{told_as}: accuracy"] = _score(value)
+            scores[f"{told_as}: accuracy"] = score_of(value)
             for place, task in enumerate(tasks):
                 mine = of_task[rows] == place
                 if mine.any():
                     interval = accuracy_interval(answers[mine], labels[rows][mine])
-                    scores[f"{told_as}: accuracy, {task.name}"] = _score(interval)
+                    scores[f"{told_as}: accuracy, {task.name}"] = score_of(interval)
         return {"scores": scores, "n": len(rows), "split": wanted}
 
 
-def _score(found: Interval) -> dict[str, Any]:
+def score_of(found: Interval) -> dict[str, Any]:
+    """A share with its interval, as `metrics.json` has it.
+
+    Examples
+    --------
+    >>> score_of(Interval(0.5, 0.4, 0.6))
+    {'value': 0.5, 'low': 0.4, 'high': 0.6, 'percent': True}
+    """
     return {"value": found.value, "low": found.low, "high": found.high, "percent": True}

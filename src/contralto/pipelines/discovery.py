@@ -79,6 +79,7 @@ class Discovery(Pretraining):
         most_classes: int | None = None,
         frozen: bool = False,
         variants: int = 2,
+        cache: str | None = None,
         **rest: Any,
     ) -> Path:
         """Find out which new classes there are among pictures of which only some have labels.
@@ -102,6 +103,9 @@ class Discovery(Pretraining):
             CPU.
         variants : int
             With `frozen`: how many draws of each of the two views are kept.
+        cache : str, optional
+            Where features of the encoder as it begins are kept; default: in the run folder. Runs that share it compute them
+            once.
         **rest
             Arguments of `Pretraining.fit` and of the system.
 
@@ -169,6 +173,8 @@ class Discovery(Pretraining):
             )
             self.labels = np.concatenate([self.labels, np.full(len(self.more_rows), -1)])
             self.fingerprint = hashlib.sha256(f"{self.fingerprint} {self.more.fingerprint()}".encode()).hexdigest()[:16]
+        told = [*(manifest.fingerprint() for manifest, _ in self.parts()), *(rows.tolist() for _, rows in self.parts())]
+        self.shown = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         if len(self.old) < 2:
             found = f"only {self.old[0]!r} has" if self.old else "none has"
             raise DataError(
@@ -272,7 +278,7 @@ class Discovery(Pretraining):
         return self._begun
 
     def features(self, encoder: ImageEncoder, told: str, *, keep: bool = True) -> Array:
-        """Features (N, F) float16 of all pictures by an encoder; kept on the disk, or computed for this one use."""
+        """Features (N, F) float16 of all pictures by an encoder; kept on the disk, or for this one use."""
         view = EvalView(encoder.size, CROP, encoder.mean, encoder.std)
         device = device_of(self.arguments["accelerator"])
         found = []
@@ -285,7 +291,7 @@ class Discovery(Pretraining):
                 return self._shown(map_blocks(EncodePictures, blocks, setup=setup), told, len(blocks))
 
             if len(rows) and keep:
-                found.append(cached_array(self.out / "features", "plain", key, compute, rows=len(rows)))
+                found.append(cached_array(self.cache, "plain", key, compute, rows=len(rows)))
             elif len(rows):
                 found.append(np.concatenate(list(compute())))
         return found[0] if len(found) == 1 else np.concatenate(found)
@@ -313,10 +319,15 @@ class Discovery(Pretraining):
             blocks = (encode_batches(encoder, pixels(start), device=device) for start in starts)
             return self._shown(blocks, f"view {variant + 1}", len(starts))
 
-        return cached_array(self.out / "features", "view", key, compute, rows=len(self.labels))
+        return cached_array(self.cache, "view", key, compute, rows=len(self.labels))
+
+    @property
+    def cache(self) -> Path:
+        """Where features are kept."""
+        return Path(self.arguments["cache"] or self.out / "features")
 
     def _key(self, encoder: ImageEncoder, view: BatchView | EvalView) -> dict[str, Any]:
-        return {"encoder": encoder.fingerprint(), "view": repr(view), "data": self.fingerprint}
+        return {"encoder": encoder.fingerprint(), "view": repr(view), "pictures": self.shown}
 
     def _shown(self, blocks: Iterable[Array], told: str, total: int) -> Iterable[Array]:
         hidden = not (self.progress and self.console.is_terminal)

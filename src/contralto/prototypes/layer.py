@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from contralto.losses.units import full_precision
+
 __all__ = ["CosineLayer", "PrototypeLayer"]
 
 
@@ -71,5 +73,7 @@ class CosineLayer(nn.Module):
         return F.normalize(self.weight, dim=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Embeddings (..., D) to cosines (..., K)."""
-        return F.normalize(z, dim=-1) @ self.unit().T
+        """Embeddings (..., D) to cosines (..., K), in single precision at least: they are divided by small temperatures."""
+        dtype = torch.promote_types(z.dtype, self.weight.dtype)
+        with full_precision(z):
+            return F.normalize(z.to(dtype), dim=-1) @ self.unit().to(dtype).T

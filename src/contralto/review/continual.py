@@ -4,15 +4,18 @@ One file as `review.report`'s: no network, a strict policy, nothing of what came
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import markupsafe
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from contralto.data.images import decode_image
 from contralto.data.manifest import Manifest
+from contralto.data.sounds import load_sounds
 from contralto.errors import DataError
 from contralto.files import naming, write_atomically
 from contralto.review.charts import curve, share_map
@@ -60,13 +63,12 @@ def write_continual_report(run: str | Path, *, out: str | Path | None = None, th
         If the run is not finished or damaged.
     """
     run = Path(run)
-    for needed in ("config.json", "metrics.json", "manifest"):
+    for needed in ("config.json", "metrics.json", "tasks"):
         if not (run / needed).exists():
             raise DataError(f"there is no {needed}: the run is not finished", file=str(run))
     with naming(run):
         config, metrics = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("config", "metrics"))
-        manifest = Manifest.load(run / "manifest")
-        items, pictures = _forgotten(run, manifest, len(metrics["tasks"]))
+        items, pictures = _forgotten(run, _look(run), len(metrics["tasks"]))
     tasks = [t | {"classes": [shown_text(c, 60) for c in t["classes"]]} for t in metrics["tasks"]]
     page = page_assets("report_continual") | {
         "config": config,
@@ -74,6 +76,7 @@ def write_continual_report(run: str | Path, *, out: str | Path | None = None, th
         "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
         "metrics": metrics | {"time": metrics["seconds"]},
         "run_name": run.name,
+        "things": "recordings" if (run / "sounds").exists() else "pictures",
         "classes": [],
         "tasks": tasks,
         "matrices": [_matrix(name, matrix, tasks) for name, matrix in metrics["matrix"].items()],
@@ -137,8 +140,21 @@ def _chart(title: str, series: list[tuple[str, list[tuple[float, float]]]], *, x
     return {"title": title, "svg": svg, "legend": [(name, f"s{i % 8}") for i, (name, _) in enumerate(series)]}
 
 
-def _forgotten(run: Path, manifest: Manifest, tasks: int) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Test pictures that were right, not knowing the task, after their own task, and are not after the last one."""
+def _look(run: Path) -> Callable[[int], npt.NDArray[np.uint8]]:
+    """How a test sample looks: a picture, or the spectrogram of a recording."""
+    if not (run / "sounds").exists():
+        manifest = Manifest.load(run / "manifest")
+        return lambda row: decode_image(manifest.read_bytes(row))
+    from contralto.review.spectrograms import spectrogram_picture
+
+    sounds = load_sounds(run / "sounds")
+    return lambda row: spectrogram_picture(sounds, row)
+
+
+def _forgotten(
+    run: Path, look: Callable[[int], npt.NDArray[np.uint8]], tasks: int
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Test samples that were right, not knowing the task, after their own task, and are not after the last one."""
     said = [
         pq.read_table(run / "tasks" / f"task{number}" / "answers.parquet").to_pylist() for number in range(1, tasks + 1)
     ]
@@ -154,5 +170,5 @@ def _forgotten(run: Path, manifest: Manifest, tasks: int) -> tuple[list[dict[str
                 "k": row["task"] + 1,
             }
         )  # fmt: skip
-        pictures.append(decode_image(manifest.read_bytes(row["index"])))
+        pictures.append(look(row["index"]))
     return items, pictures

@@ -12,12 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contralto.data.names import called
 from contralto.errors import UsageError
 from contralto.files import write_atomically
 from contralto.pipelines.outputs import write_cleaned_csv
+from contralto.review.discovered import Discoveries, is_discovery
 from contralto.review.listing import Listing
 
-__all__ = ["export_review", "reviewed_table"]
+__all__ = ["discovered_table", "export_review", "reviewed_table"]
 
 SHARD = 1000
 
@@ -69,6 +71,34 @@ def reviewed_table(listing: Listing) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
+def discovered_table(found: Discoveries) -> pa.Table:
+    """One row per picture of a run that discovered classes, under the names that people gave these.
+
+    Parameters
+    ----------
+    found : Discoveries
+
+    Returns
+    -------
+    pyarrow.Table
+        `id`; `label`: the given label, or else the class that was found, by its name; `given_label`: null where there was none;
+        `predicted_label`: the class that was found; `confidence`; `reviewed`: people have named this class.
+    """
+    names = found.names
+    told = called(found.classes, names)
+    predicted = [told[k] for k in found.found]
+    return pa.table(
+        {
+            "id": pa.array(found.ids, pa.string()),
+            "label": pa.array([g or p for g, p in zip(found.given, predicted, strict=True)], pa.string()),
+            "given_label": pa.array([g or None for g in found.given], pa.string()),
+            "predicted_label": pa.array(predicted, pa.string()),
+            "confidence": found.confidence,
+            "reviewed": pa.array([found.classes[k] in names for k in found.found], pa.bool_()),
+        }
+    )
+
+
 def export_review(run: str | Path, target: str | Path) -> int:
     """Write the outcome of a review.
 
@@ -93,8 +123,13 @@ def export_review(run: str | Path, target: str | Path) -> int:
         If the run is not finished, or pictures cannot be read any more.
     """
     target = Path(target)
-    listing = Listing(run)
-    table = reviewed_table(listing)
+    if is_discovery(run):
+        if target.suffix not in (".parquet", ".csv"):
+            raise UsageError(f"{target} is to be .parquet or .csv: classes that were found are no data set yet")
+        table = discovered_table(Discoveries(run))
+    else:
+        listing = Listing(run)
+        table = reviewed_table(listing)
     if target.suffix == ".parquet":
         write_atomically(target, lambda part: pq.write_table(table, part))
     elif target.suffix == ".csv":

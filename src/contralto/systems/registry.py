@@ -322,6 +322,43 @@ SYSTEMS: dict[str, System] = {
             )
         ),
         System(
+            name="coconut",
+            title="COCONUT",
+            problem="spoken language understood task by task, with a few recordings kept of those before",
+            data="recordings with a label and a text each",
+            paper="Continual Contrastive Spoken Language Understanding, ACL Findings 2024, arXiv 2310.02699",
+            path="contralto.systems.continual.coconut:COCONUT",
+            job="contralto.pipelines.speech:SpeechJob",
+        ),
+        System(
+            name="core_tuning",
+            title="Core-tuning",
+            problem="classifier from a pretrained encoder, with contrast on mixed features",
+            data="images with labels",
+            paper="Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning, "
+            "NeurIPS 2021, arXiv 2102.06605",
+            path="contralto.systems.finetuning.core_tuning:CoreTuning",
+            job="contralto.pipelines.finetuning:FineTuningJob",
+        ),
+        System(
+            name="finetuning",
+            title="fine-tuning",
+            problem="classifier from a pretrained encoder",
+            data="images with labels",
+            paper="cross-entropy, the baseline of Core-tuning; with supervised contrast, NeurIPS 2020, arXiv 2004.11362",
+            path="contralto.systems.finetuning.base:FineTuning",
+            job="contralto.pipelines.finetuning:FineTuningJob",
+        ),
+        System(
+            name="supremix",
+            title="SupReMix",
+            problem="encoder for a number, by contrast with mixed embeddings",
+            data="images or rows of numbers, each with a number to predict",
+            paper="Mixup Your Own Pairs, 2023, arXiv 2309.16633",
+            path="contralto.systems.regression.supremix:SupReMix",
+            job="contralto.pipelines.regression:RegressionJob",
+        ),
+        System(
             name="tmv_hlp",
             title="TMV-HLP",
             problem="classes of all unlabelled images at once, from a few labelled ones or from words",

@@ -8,6 +8,8 @@ from torch import nn
 from contralto.systems.continual.baselines import FineTuning, Joint, LwF, Replay
 from contralto.systems.continual.prd import PRD
 
+from tests.systems.continual import spoken
+
 CLASSES, WIDTH, SAMPLES, SIZE = 4, 10, 30, 16
 SYSTEMS = {"prd": PRD, "finetune": FineTuning, "replay": Replay, "lwf": LwF, "joint": Joint}
 SMALL = {
@@ -25,6 +27,8 @@ def encoder():
 
 def build(name, *, task=1, kind=None, **arguments):
     """A system on pictures, the same at every call; in its first (0) or second (1) task of classes 0, 1 and 2, 3."""
+    if name == "coconut":
+        return spoken.build(task=task, **arguments)
     system = kind or SYSTEMS[name]
     names = inspect.signature(system.__init__).parameters
     small = {k: v for k, v in SMALL.items() if k in names} | ({"memory_size": 8} if system is Replay else {})
@@ -41,7 +45,9 @@ def build(name, *, task=1, kind=None, **arguments):
 
 
 def batch(name, system, seed=0, n=8, *, classes=(2, 3)):
-    """Two views of samples of a task."""
+    """Two views of samples of a task; for COCONUT, recordings."""
+    if name == "coconut":
+        return spoken.batch(system, seed, n)
     g = torch.Generator().manual_seed(seed)
     label = torch.tensor(classes)[torch.arange(n) % len(classes)]
     x = torch.randn(n, 3, SIZE, SIZE, generator=g) + label.view(-1, 1, 1, 1)

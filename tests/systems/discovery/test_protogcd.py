@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from contralto.errors import UsageError
+from contralto.evaluation.discovery import right_clusters
 from contralto.losses.discovery import linear_ramp
 from contralto.systems.discovery.base import DiscoverySystem, nearest_prototypes
 from contralto.systems.discovery.protogcd import ProtoGCD
@@ -198,7 +199,11 @@ def test_prototypes_of_old_classes_may_begin_as_means_once():
     again = tiny(init_prototypes="means").float()
     again.load_state_dict(system.state_dict())
     assert not again.asks_features(0)  # a training that was killed in its first epoch does not begin anew
-    assert not tiny().asks_features(0)
+    plain = tiny()
+    assert not plain.asks_features(0)
+    before = plain.prototypes.weight.detach().clone()
+    plain.at_epoch_start(x, y)
+    assert torch.equal(plain.prototypes.weight, before)
 
 
 def test_a_checkpoint_holds_all_that_the_next_steps_need():
@@ -308,11 +313,25 @@ def test_scores_are_of_single_precision_at_least_under_autocast():
     batch = {k: [x.float() for x in v] if isinstance(v, list) else v for k, v in vectors(0).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = system.step(batch)
-    assert out["loss"].dtype == torch.float32
+        cosines = system.prototypes(torch.randn(3, 10, dtype=torch.bfloat16))
+    assert cosines.dtype == out["loss"].dtype == torch.float32
     torch.testing.assert_close(out["loss"], system.step(batch)["loss"], rtol=0.03, atol=0.03)
 
 
-def test_the_base_has_no_prototypes_of_its_own():
-    with pytest.raises(NotImplementedError):
-        tiny(DiscoverySystem).discover(np.eye(3), np.zeros(3, int))
-    assert isinstance(tiny(DiscoverySystem).projector, nn.Sequential)
+def test_the_plain_method_clusters_with_the_labels_and_keeps_old_classes_in_their_place():
+    rng, kind = np.random.default_rng(0), np.repeat(np.arange(6), 30)
+    x = (np.eye(10)[kind] + 0.1 * rng.normal(size=(180, 10))).astype(np.float32)
+    labels = np.where(
+        (np.arange(180) % 2 == 0) & np.isin(kind, [0, 2]), kind, -1
+    )  # none of class 1, which is an old one
+    system = tiny(DiscoverySystem, num_classes=3, num_new=3)
+    found = system.discover(x, labels)
+    assert (found.assigned[kind == 0] == 0).all()
+    assert (found.assigned[kind == 2] == 2).all()
+    assert right_clusters(kind, found.assigned, [0]).mean() == 1
+    np.testing.assert_allclose(np.linalg.norm(found.prototypes, axis=1), 1, rtol=1e-5)
+    assert found.confidence.min() > 0.5
+    again = system.discover(x, labels)
+    assert np.array_equal(found.assigned, again.assigned)
+    with pytest.raises(UsageError, match="k must be"):
+        system.discover(x[:5], labels[:5])

@@ -24,6 +24,7 @@ from contralto.encoders.heads import dino_head
 from contralto.encoders.image import learn_last_blocks
 from contralto.errors import UsageError
 from contralto.losses.pairs import nt_xent, sup_con
+from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
@@ -32,6 +33,8 @@ __all__ = ["Discovered", "DiscoverySystem", "nearest_prototypes"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int64]
+TEMPERATURE = 0.1
+"""Of the confidence where a system has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,9 @@ def nearest_prototypes(
 
 
 class DiscoverySystem(EncoderSystem):
-    """Base of the systems that discover classes; by itself, the losses of instances alone, which all others are compared with.
+    """Base of the systems that discover classes; by itself the plain method (GCD), which all others are compared with.
+
+    It learns by the losses of instances alone, and clusters what it learnt by k-means that knows the labels.
 
     Parameters
     ----------
@@ -256,7 +261,7 @@ class DiscoverySystem(EncoderSystem):
         self.heard.fill_(self.epoch)
 
     def discover(self, features: Floats, labels: Labels) -> Discovered:
-        """Which classes there are, and of which every sample is; after training.
+        """Which classes there are, and of which every sample is; after training. Here by k-means that knows the labels.
 
         Parameters
         ----------
@@ -268,5 +273,19 @@ class DiscoverySystem(EncoderSystem):
         Returns
         -------
         Discovered
+            Of the plain method: centres of length one, `num_classes + num_new` of them, those of classes with labels in their
+            place.
+
+        Raises
+        ------
+        UsageError
+            If there are fewer samples than classes.
         """
-        raise NotImplementedError
+        given = np.asarray(labels)
+        known, count = np.unique(given[given >= 0]), self.num_classes + self.num_new
+        clusters = semi_supervised_kmeans(features, given, count, seed=self.seed, spherical=True)
+        place = np.concatenate([known, np.setdiff1d(np.arange(count), known)])  # centres of known classes come first
+        prototypes = np.empty_like(clusters.centroids)
+        prototypes[place] = clusters.centroids
+        best, confidence = nearest_prototypes(features, prototypes, temperature=TEMPERATURE)
+        return Discovered(best, confidence, prototypes, TEMPERATURE, [count])

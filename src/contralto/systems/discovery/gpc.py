@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from contralto.data.dataset import Batch
 from contralto.distributed import gather_rows, mean_weight
 from contralto.errors import UsageError
+from contralto.losses.units import full_precision
 from contralto.neighbors.how_many import within_variance
 from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
@@ -62,7 +63,7 @@ class GPC(DiscoverySystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., crop, colours
+    encoder, num_features, ..., crop, colours, trained_blocks
         See `DiscoverySystem`. `num_new` is where the number of new classes starts; it is found by splits and merges.
     temperature : float
         Mean of the prototypes' temperatures. 1 is that of the released code and very soft; such methods mostly take 0.1 to 0.2.
@@ -131,6 +132,7 @@ class GPC(DiscoverySystem):
         temperature_supervised: float = 0.07,
         crop: tuple[float, float] = (0.766, 0.766),
         colours: float = 0.0,
+        trained_blocks: int = 0,
         temperature: float = 1.0,
         prototype_weight: float = 1.0,
         prototype_momentum: float = 1.0,
@@ -152,7 +154,7 @@ class GPC(DiscoverySystem):
             steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
             weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
             hidden=hidden, dim=dim, supervised_weight=supervised_weight, temperature_instance=temperature_instance,
-            temperature_supervised=temperature_supervised, crop=crop, colours=colours,
+            temperature_supervised=temperature_supervised, crop=crop, colours=colours, trained_blocks=trained_blocks,
         )  # fmt: skip
         if num_classes + num_new < 1:
             raise UsageError(
@@ -272,8 +274,10 @@ class GPC(DiscoverySystem):
         out = {"loss": instance, "features": features[: len(labels)].detach()}
         if not len(self.prototypes):
             return out
-        z, own = self.project(features), self.assigned[batch["index"].to(self.assigned.device)]
-        logits = prototype_logits(z, self.prototypes.to(z), self.temperatures.to(z))
+        own = self.assigned[batch["index"].to(self.assigned.device)]
+        with full_precision(features):
+            z = self.project(features.to(torch.promote_types(features.dtype, torch.float32)))
+            logits = prototype_logits(z, self.prototypes.to(z), self.temperatures.to(z))
         drawn = F.cross_entropy(logits, own.repeat(2)) * mean_weight(torch.tensor(len(own), device=z.device))
         if self.prototype_momentum < 1:
             rows, labels_of = gather_rows(z[: len(own)].detach()), gather_rows(own)

@@ -57,9 +57,13 @@ class ProtoGCD(DiscoverySystem):
     entropy, separation : float
         Weights of the balance of the classes and of the distance of the prototypes; where classes are alike the paper takes 0.05
         for the latter.
-    init_prototypes : {"random", "means"}
-        "means": prototypes of old classes begin as the mean of the labelled samples' unit features. The job that trains must then
-        give all features before the first epoch (`asks_features`).
+    init_prototypes : {"random", "means", "clusters"}
+        "means": prototypes of old classes begin as the mean of the labelled samples' unit features. "clusters", beyond the paper,
+        for features that tell something from the start: all begin as the centres of k-means that keeps labelled samples in
+        their class. The job that trains must then give all features before the first epoch (`asks_features`).
+
+    Notes ----- Samples of none of the classes: `contralto.evaluation.openset.outlier_scores` of the cosines to the prototypes,
+    with `temperature`.
 
     Examples
     --------
@@ -109,7 +113,7 @@ class ProtoGCD(DiscoverySystem):
         wait_epochs: int = 0,
         entropy: float = 2.0,
         separation: float = 0.1,
-        init_prototypes: Literal["random", "means"] = "random",
+        init_prototypes: Literal["random", "means", "clusters"] = "random",
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, num_samples=num_samples, num_classes=num_classes, num_new=num_new,
@@ -128,16 +132,12 @@ class ProtoGCD(DiscoverySystem):
             raise UsageError(f"ratio_start and ratio_end must be in [0, 1], got {ratio_start} and {ratio_end}")
         if min(teacher_epochs, ramp_epochs, wait_epochs) < 0:
             raise UsageError("teacher_epochs, ramp_epochs and wait_epochs must be at least 0")
-        if init_prototypes not in ("random", "means"):
-            raise UsageError(f'init_prototypes must be "random" or "means", got {init_prototypes!r}')
+        if init_prototypes not in ("random", "means", "clusters"):
+            raise UsageError(f'init_prototypes must be "random", "means" or "clusters", got {init_prototypes!r}')
         self.temperature, self.teacher_temperature = temperature, teacher_temperature
         self.teacher_start, self.teacher_epochs = teacher_start, teacher_epochs
-        self.ratio_start, self.ratio_end, self.ramp_epochs, self.wait_epochs = (
-            ratio_start,
-            ratio_end,
-            ramp_epochs,
-            wait_epochs,
-        )
+        self.ratio_start, self.ratio_end = ratio_start, ratio_end
+        self.ramp_epochs, self.wait_epochs = ramp_epochs, wait_epochs
         self.entropy, self.separation, self.init_prototypes = entropy, separation, init_prototypes
         with self.seeded():
             self.prototypes = CosineLayer(num_features, num_classes + num_new)
@@ -188,12 +188,14 @@ class ProtoGCD(DiscoverySystem):
 
     def asks_features(self, epoch: int) -> bool:
         """Once, before the first epoch, where prototypes begin as means."""
-        return self.init_prototypes == "means" and epoch == 0 and int(self.heard) < 0
+        return self.init_prototypes != "random" and epoch == 0 and int(self.heard) < 0
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
-        """Put the prototypes of the old classes to the means of their labelled samples; one that has none stays."""
+        """Where asked for, put prototypes of old classes to the means of their labelled samples; one that has none stays."""
         super().at_epoch_start(features, labels)
+        if self.init_prototypes == "random":
+            return
         weight = self.prototypes.weight[: self.num_classes]
         rows = torch.from_numpy(unit_rows(features)).to(weight)
         weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), self.num_classes, before=weight))
