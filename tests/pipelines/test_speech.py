@@ -162,7 +162,7 @@ def test_an_interrupted_stream_goes_on_to_the_same_bits(finished, data, tmp_path
     step = COCONUT.training_step
 
     def stops(self, batch, batch_idx):
-        if (int(self.task), self.current_epoch, batch_idx) == (task, epoch, 1):
+        if (int(self.task), self.current_epoch, batch_idx) == (task, epoch, 0):
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
 
@@ -189,13 +189,9 @@ def test_epochs_have_orders_and_views_of_their_own(data, tmp_path, monkeypatch):
         lambda self, batch, n: seen.append((batch["epoch"].tolist(), batch["index"].tolist())) or transfer(self, batch, n),
     )  # fmt: skip
     SpeechJob("coconut").fit(str(data), tmp_path / "run", **(SMALL | {"epochs": 2, "extra_epochs": 0}))
-    assert [e for epochs, _ in seen for e in set(epochs)] == sorted(e for epochs, _ in seen for e in set(epochs))
-    assert {e for epochs, _ in seen for e in epochs} == {0, 1, 2, 3}
-    assert (
-        epochs == [{0}, {1}, {2}, {2}, {3}, {3}]
-        or epochs == [{0}, {0}, {1}, {1}, {2}, {2}, {3}, {3}]
-        or {0, 1, 2, 3} == set().union(*epochs)
-    )
+    order = [epochs[0] for epochs, _ in seen]
+    assert order == sorted(order)
+    assert set(order) == {0, 1, 2, 3}
     first, second = (tuple(i for e, index in seen if e[0] == epoch for i in index) for epoch in (0, 1))
     assert first != second
 
@@ -220,7 +216,7 @@ def test_a_wave_encoder_of_transformers_learns_through_the_job(tmp_path):
 
 def test_without_a_split_speakers_are_kept_apart(tmp_path):
     data = collection(tmp_path / "a.parquet", per_word=9, split=False)
-    small = SMALL | {"epochs": 0, "extra_epochs": 0, "test_share": 0.4, "seed": 101}
+    small = SMALL | {"epochs": 0, "extra_epochs": 0, "test_share": 0.5, "seed": 102}
     job = SpeechJob("coconut")
     job.fit(str(data), tmp_path / "run", **small)
     speakers = job.sounds.column("group")
@@ -229,8 +225,10 @@ def test_without_a_split_speakers_are_kept_apart(tmp_path):
 
 def test_domains_are_speakers(tmp_path):
     data = collection(tmp_path / "a.parquet", per_word=9)
-    small = SMALL | {"epochs": 0, "extra_epochs": 0, "split_by": "domain"}
-    assert [t["name"] for t in told(SpeechJob("coconut").fit(str(data), tmp_path / "run", **small))["tasks"]] != []
+    small = SMALL | {"epochs": 0, "extra_epochs": 0, "split_by": "domain", "memory_size": 16}
+    tasks = told(SpeechJob("coconut").fit(str(data), tmp_path / "run", **small))["tasks"]
+    assert sorted(t["name"] for t in tasks) == ["s0", "s1", "s2"]
+    assert all(len(t["classes"]) == 4 for t in tasks)
 
 
 def test_class_and_text_are_written_and_judged_by_the_class(tmp_path):
@@ -277,14 +275,8 @@ def test_spoken_digits_are_learnt(tmp_path):
     two = table.filter(pa.compute.is_in(table["text"], pa.array(["two", "seven"])))
     pq.write_table(two, tmp_path / "two.parquet")
     small = SMALL | {
-        "tasks": 1,
-        "rate": 8000,
-        "seconds": 1.0,
-        "mels": 40,
-        "encoder_dim": 32,
-        "batch_size": 32,
-        "epochs": 8,
-        "lr": 0.003,
-    }
+        "tasks": 1, "rate": 8000, "seconds": 1.0, "mels": 40, "encoder_dim": 32, "batch_size": 32, "epochs": 8,
+        "extra_epochs": 0, "lr": 0.003,
+    }  # fmt: skip
     run = SpeechJob("coconut").fit(str(tmp_path / "two.parquet"), tmp_path / "run", **small)
     assert told(run)["scores"]["recognised: after the last task (Last)"]["value"] > 0.8
