@@ -58,7 +58,8 @@ class ProtoGCD(DiscoverySystem):
     ratio_start, ratio_end : float
         Share of the batch with one-hot pseudo-labels, at the start and the end of the ramp.
     ramp_epochs, wait_epochs : int
-        Epochs of the ramp, and those before it, in which all pseudo-labels are soft.
+        Epochs of the ramp (default: half of `epochs`, 100 of 200 in the paper), and those before it, in which all
+        pseudo-labels are soft.
     entropy, separation : float
         Weights of the balance of the classes and of the distance of the prototypes; where classes are alike the paper takes 0.05
         for the latter.
@@ -114,7 +115,7 @@ class ProtoGCD(DiscoverySystem):
         teacher_epochs: int = 0,
         ratio_start: float = 0.0,
         ratio_end: float = 1.0,
-        ramp_epochs: int = 100,
+        ramp_epochs: int | None = None,
         wait_epochs: int = 0,
         entropy: float = 2.0,
         separation: float = 0.1,
@@ -135,6 +136,7 @@ class ProtoGCD(DiscoverySystem):
             raise UsageError("temperature, teacher_temperature and teacher_start must be above 0")
         if not 0 <= ratio_start <= 1 or not 0 <= ratio_end <= 1:
             raise UsageError(f"ratio_start and ratio_end must be in [0, 1], got {ratio_start} and {ratio_end}")
+        ramp_epochs = epochs // 2 if ramp_epochs is None else ramp_epochs
         if min(teacher_epochs, ramp_epochs, wait_epochs) < 0:
             raise UsageError("teacher_epochs, ramp_epochs and wait_epochs must be at least 0")
         if init_prototypes not in ("random", "means", "clusters"):
