@@ -4,7 +4,7 @@
 
 Handwritten digits (8 x 8), 400 of them per seed, three views computed from each: pixels, magnitudes of the Fourier transform,
 histograms of gradient directions; all standardised. One or three of each class have a label; the classes of all others are
-found at once, by one propagation. Accuracy is that on those that have no label in any arm. Nothing is trained, so 30 seeds are
+found at once, by one propagation. Accuracy is that on those that have no label in any arm. Nothing is trained, so 20 seeds are
 cheap: each is another draw of digits and of labels.
 
 Arms, all with k = 15, three times as many for labelled samples, alpha = 0.5: *pairwise*, the multi-graph in the common space;
