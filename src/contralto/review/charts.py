@@ -128,7 +128,7 @@ def share_map(
     >>> ">50<" in share_map([[0.5, None]], ["a"], ["b", "c"], label="accuracy")
     True
     """
-    cell, left, top = 36, 150, 90
+    cell, left, top = 36, 150, 64
     width, height = left + cell * len(columns) + 60, top + cell * len(rows) + 8
     parts = []
     for j, name in enumerate(columns):
