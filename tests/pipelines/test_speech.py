@@ -17,7 +17,6 @@ from contralto.data.texts import Characters, Vocabulary
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.speech import SpeechJob, intents, load_speech, targets
 from contralto.systems.continual.coconut import COCONUT
-from contralto.systems.registry import SYSTEMS, System
 
 sf = pytest.importorskip("soundfile")
 RATE = 4000
@@ -27,16 +26,6 @@ SMALL = {
     "replayed": 4, "memory_size": 8, "lr": 0.01, "dim": 8, "decoder_dim": 16, "decoder_heads": 2, "decoder_hidden": 32, "beam": 1,
     "accelerator": "cpu", "progress": False, "seed": 100,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    entry = System(
-        "coconut", "COCONUT", "recordings to texts", "recordings", "Continual Contrastive Spoken Language Understanding",
-        "contralto.systems.continual.coconut:COCONUT", "contralto.pipelines.speech:SpeechJob",
-    )  # fmt: skip
-    if "coconut" not in SYSTEMS:
-        monkeypatch.setitem(SYSTEMS, "coconut", entry)
 
 
 def recording(pitch, number):
@@ -73,13 +62,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patched:
-        if "coconut" not in SYSTEMS:
-            patched.setitem(
-                SYSTEMS, "coconut", System("coconut", "COCONUT", "", "", "", "contralto.systems.continual.coconut:COCONUT",
-                "contralto.pipelines.speech:SpeechJob"),
-            )  # fmt: skip
-        return SpeechJob("coconut").fit(str(data), run, **SMALL)
+    return SpeechJob("coconut").fit(str(data), run, **SMALL)
 
 
 def told(run):

@@ -76,7 +76,7 @@ def run(
         encoder = conv_encoder(FEATURES)
     kind: type[DiscoverySystem] = DiscoverySystem
     if settings.pop("system", "gpc") == "gpc":
-        own = {"wait_epochs": int(budget["wait_epochs"]), "psi": 0.0}
+        own = {"wait_epochs": int(budget["wait_epochs"]), "psi": 0.0, "kmeans_restarts": 3}
         kind, settings = GPC, own | settings
     system = kind(
         encoder, num_features=FEATURES, num_samples=len(truth), num_classes=OLD, seed=seed, epochs=epochs,
