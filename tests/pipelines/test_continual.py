@@ -336,6 +336,8 @@ def test_without_a_test_split_a_share_of_every_class_is_kept_for_it(tmp_path):
 def test_what_cannot_be_cut_is_refused_with_a_sentence(coloured, tmp_path):
     with pytest.raises(UsageError, match="tasks must be between 1 and 4"):
         get_job("prd").fit(str(coloured), tmp_path / "many", **(PRD_SMALL | {"tasks": 5}))
+    with pytest.raises(UsageError, match="split_by"):
+        get_job("prd").fit(str(coloured), tmp_path / "by", **PRD_SMALL, split_by="colour")
     with pytest.raises(UsageError, match="test_share"):
         get_job("prd").fit(str(coloured), tmp_path / "share", **PRD_SMALL, test_share=1.0)
     few = [r for r in rows() if r["split"] == "train" or r["label"] in ("red", "green")]

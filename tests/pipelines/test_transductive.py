@@ -12,8 +12,10 @@ from sklearn.datasets import load_digits
 import contralto
 from contralto.cli import main
 from contralto.errors import DataError, UsageError
+from contralto.pipelines import transductive
 from contralto.pipelines.transductive import Transductive
 from contralto.systems.registry import SYSTEMS, System
+from contralto.systems.zeroshot.tmv_hlp import TMVHLP
 
 from tests.conftest import COLOURS, encode, picture
 
@@ -163,6 +165,35 @@ def test_a_view_by_an_encoder_leaves_a_classifier(tmp_path):
     model = contralto.load(run)
     new = [picture(COLOURS[n], 900) for n in names]
     assert list(model.predict(new)) == names
+
+
+def test_interrupted_it_goes_on_with_the_views_that_it_has(digits_file, tmp_path, monkeypatch, found):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    arguments = {"label_column": "label"} | GRAPH | QUIET
+    with monkeypatch.context() as patch:
+        patch.setattr(TMVHLP, "fit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Transductive("tmv_hlp").fit(str(digits_file), tmp_path / "run", **arguments)
+    assert not (tmp_path / "run" / "labels.parquet").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(transductive, "describe", interrupted)
+        patch.setattr(transductive, "ingest", interrupted)
+        run = Transductive("tmv_hlp").fit(str(digits_file), tmp_path / "run", **arguments)
+    assert pq.read_table(run / "labels.parquet").equals(pq.read_table(found / "labels.parquet"))
+
+
+def test_a_broken_picture_is_left_out_and_counted(tmp_path):
+    names = sorted(COLOURS)
+    rows = [{"image": picture(COLOURS[names[i % 2]], i), "label": names[i % 2] if i < 6 else ""} for i in range(30)]
+    rows[10]["image"] = b"no picture"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    run = Transductive("tmv_hlp").fit(
+        str(tmp_path / "data.parquet"), tmp_path / "run", **GRAPH | {"k": 4, "hyper_k": 4} | QUIET
+    )
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["pictures"], metrics["skipped"]) == (29, 1)
 
 
 def test_names_from_outside_are_only_names(tmp_path):

@@ -89,7 +89,7 @@ class Transductive:
         shots: int | None = None,
         definitions: str | None = None,
         text_encoder: str = "minilm",
-        class_text: ClassText = "name+definition",
+        class_text: ClassText = "name",
         image_size: int | None = None,
         workers: int = 2,
         accelerator: str = "auto",
@@ -132,6 +132,7 @@ class Transductive:
         text_encoder : str
             Of the names and definitions.
         class_text : {"name+definition", "definition", "name"}
+            What stands for a class. ImageNet's classes are known by their names, so names fit best where these tell the meaning.
         image_size : int, optional
             Side of the input of encoders; default: their own.
         workers, accelerator
@@ -342,8 +343,9 @@ class Transductive:
 
     def _baseline(self, views: list[Array], prototypes: list[Array | None]) -> tuple[str, npt.NDArray[np.int64]]:
         """What one gets without looking at all pictures at once: its name, and the classes."""
-        if prototypes[-1] is not None:
-            return "nearest class text", nearest_prototype(views[-1], prototypes[-1])
+        described = next(((x, p) for x, p in zip(views, prototypes, strict=True) if p is not None), None)
+        if described is not None:
+            return "nearest class text", nearest_prototype(*described)
         together = np.hstack(views)
         means = np.stack([together[self.seen == c].mean(0) for c in range(len(self.classes))])
         return "nearest class mean", nearest_prototype(together, means)
@@ -383,6 +385,7 @@ class Transductive:
             self.out / "metrics.json",
             {
                 "pictures": len(found), "labelled": int(known.sum()), "found": int((~known).sum()), "classes": len(names),
+                "skipped": self.manifest.skipped.num_rows,
                 "agreement_of_views": agreement, "seconds": self.seconds,
                 "memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
                 "scores": scores, "files": files,

@@ -92,7 +92,7 @@ def imagenet_words(features: npt.ArrayLike, text: TextEncoder) -> Array:
     return np.asarray(softmax(logits, axis=1) @ text.encode(names).astype(np.float64))
 
 
-def imagenet_prototypes(words: npt.ArrayLike, text: TextEncoder, *, penalty: float = 1.0) -> Array:
+def imagenet_prototypes(words: npt.ArrayLike, text: TextEncoder, *, penalty: float = 0.1) -> Array:
     """Where classes are to be expected among features: a ridge regression from ImageNet's names to rows of its classifier.
 
     Parameters
