@@ -20,6 +20,7 @@ from contralto.cli import main
 from contralto.encoders.image import image_encoder
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.continual import Continual, held_out
+from contralto.pipelines.job import load_preset, presets_of
 from contralto.review.continual import is_continual, write_continual_report
 from contralto.systems.continual.prd import PRD
 from contralto.systems.registry import get_job
@@ -33,6 +34,7 @@ SMALL = {
 }  # fmt: skip
 PRD_SMALL = SMALL | {"hidden": 16, "dim": 8, "prototype_lr": 0.05}
 COLOURS = {"red": (200, 30, 40), "green": (30, 180, 60), "blue": (40, 60, 210), "grey": (128, 128, 128)}
+CHECKED = ("epochs", "extra_epochs", "lr", "alpha", "beta", "axis", "milestones", "prototype_lr", "replayed")
 EVIL = "<script>alert(1)</script>"
 TRAIN, TEST = 12, 6  # of every class
 KILLED = ["prd", "replay"]  # a teacher; a memory
@@ -334,6 +336,8 @@ def test_without_a_test_split_a_share_of_every_class_is_kept_for_it(tmp_path):
 def test_what_cannot_be_cut_is_refused_with_a_sentence(coloured, tmp_path):
     with pytest.raises(UsageError, match="tasks must be between 1 and 4"):
         get_job("prd").fit(str(coloured), tmp_path / "many", **(PRD_SMALL | {"tasks": 5}))
+    with pytest.raises(UsageError, match="split_by"):
+        get_job("prd").fit(str(coloured), tmp_path / "by", **PRD_SMALL, split_by="colour")
     with pytest.raises(UsageError, match="test_share"):
         get_job("prd").fit(str(coloured), tmp_path / "share", **PRD_SMALL, test_share=1.0)
     few = [r for r in rows() if r["split"] == "train" or r["label"] in ("red", "green")]
@@ -359,6 +363,23 @@ def test_hostile_names_stay_text_in_the_page(tmp_path):
     assert "{{ 7 * 7 }}" in page
     assert "a" * 200 not in page
     assert "Content-Security-Policy" in page
+
+
+@pytest.mark.parametrize("system", ["prd", "lwf", "replay", "finetune", "joint"])
+def test_presets_hold_arguments_that_exist(system, coloured, tmp_path):
+    names = presets_of(system)
+    assert "small" in names
+    for name in names:
+        given = load_preset(name, system)
+        job = get_job(system)
+        job.begin(str(coloured), tmp_path / name, given | {"accelerator": "cpu", "tasks": 2}, progress=False)
+        job.ingest()
+        small = {k: SMALL[k] for k in ("image_encoder", "image_size")}
+        job.arguments |= small | {k: v for k, v in {"hidden": 8, "dim": 4}.items() if k in given}
+        module = job.build()
+        assert all(
+            getattr(module, k) == (tuple(v) if isinstance(v, list) else v) for k, v in given.items() if k in CHECKED
+        )
 
 
 def test_the_page_shows_matrices_and_what_was_forgotten(finished, tmp_path):

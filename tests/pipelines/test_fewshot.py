@@ -77,6 +77,9 @@ def test_a_run_tells_how_well_new_classes_are_told_apart(finished):
     assert [row["accuracy_1"] for row in table] == sorted(row["accuracy_1"] for row in table)
     for file in metrics["files"].values():
         assert (finished / file).exists()
+    page = (finished / "report.html").read_text()
+    assert "An episode of new classes" in page
+    assert f"{trained['value']:.1%}".replace("%", " %") in page
     sheet = np.asarray(Image.open(finished / "episodes.png"))
     assert (sheet == (34, 139, 34)).all(-1).any()  # something was right
 
@@ -98,6 +101,22 @@ def test_only_pictures_of_base_classes_are_learnt_from(colours, tmp_path, monkey
     assert learnt <= set(json.loads((run / "classes.json").read_text())["base"])
     assert len(learnt) > 8
     assert (job.manifest.column("split")[job.rows] == "train").all()
+
+
+def test_a_picture_of_a_new_class_under_a_wrong_label_is_not_learnt_from(colours, tmp_path):
+    table = pq.read_table(colours)
+    right = table["label"].to_pylist()
+    wrong = [i for i, name in enumerate(right) if name == "colour 17"][:3]
+    given = ["colour 00" if i in wrong else name for i, name in enumerate(right)]
+    table = table.set_column(1, "web_label", pa.array(given)).append_column("clean_label", pa.array(right))
+    pq.write_table(table, tmp_path / "web.parquet")
+    job = FewShotJob("susana")
+    job.fit(
+        str(tmp_path / "web.parquet"), tmp_path / "run", **(SMALL | EPISODES), novel="colour 15,colour 16,colour 17"
+    )
+    assert set(wrong) <= set(job.novel_rows.tolist())
+    assert not set(job.rows.tolist()) & set(job.novel_rows.tolist())
+    assert len(job.rows) == 15 * (EACH - 2)
 
 
 def test_the_classifier_names_all_classes_by_their_prototypes(finished, colours):
@@ -138,8 +157,16 @@ def test_support_pictures_are_the_classes_of_the_run(colours, tmp_path):
 def test_the_plain_classifier_runs_under_the_same_protocol(colours, tmp_path):
     run = fit("base_classifier", colours, tmp_path / "run", batch_size=16, epochs=1)
     metrics = json.loads((run / "metrics.json").read_text())
-    assert 0 <= metrics["scores"]["3 classes, 1 shot, linear probe"]["value"] <= 1
+    probe = metrics["scores"]["3 classes, 1 shot, linear probe"]["value"]
+    assert 1 / 3 < probe <= 1
     assert json.loads((run / "built.json").read_text())["num_classes"] == 13
+    # Its encoder is where episodes begin, and the classifier of that run needs it no more.
+    on = fit("susana", colours, tmp_path / "on", image_encoder=str(run / "encoder"))
+    scores = json.loads((on / "metrics.json").read_text())["scores"]
+    before = scores["3 classes, 1 shot, nearest prototype, before training"]
+    assert before == metrics["scores"]["3 classes, 1 shot, nearest prototype"]
+    shutil.rmtree(run)
+    assert len(contralto.load(on / "model").predict([picture(COLOURS[0], seed=1, side=24)])) == 1
 
 
 def test_evaluation_leaves_out_what_was_learnt_from(finished, colours, tmp_path):
@@ -233,6 +260,8 @@ def test_what_cannot_be_is_said_before_anything_is_trained(colours, tmp_path):
 
     refused("no class is called 'colour 99'", UsageError, novel="colour 01,colour 99")
     refused("names no class", UsageError, novel=" , ")
+    refused("test_shots", UsageError, test_shots=[])
+    refused("at least one episode", UsageError, test_episodes=0)
     refused("novel_share must be between", UsageError, novel_share=1.5)
     refused(r"base classes.*14 classes of 4 pictures", way=14)
     refused(r"new classes.*6 classes of 6 pictures", test_way=6)

@@ -166,7 +166,7 @@ def test_every_pair_is_merged_once_and_no_cluster_twice():
     assert (found.splits, found.merges, len(found.centres)) == (0, 1, 2)
     centre = posterior(moments(x, labels, 3), prior)[0]
     means = [(centre[a] + centre[b]) / 2 for a, b in ((0, 1), (1, 2), (0, 2))]
-    assert sum(torch.allclose(found.centres[-1], m) for m in means) == 1
+    assert sum(bool((found.centres - m).abs().amax(1).lt(1e-12).any()) for m in means) == 1
     two, owner = blobs([40, 40], [[0.0, 0.0], [0.0, 0.0]])  # a mutual pair gives one centre, not two
     found = split_and_merge(two, torch.from_numpy(owner), 2, niw_prior(two, psi=0.01), generator=seeded())
     assert (found.merges, len(found.centres)) == (1, 1)

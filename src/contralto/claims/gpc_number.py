@@ -5,9 +5,10 @@
 The 1,797 digits of scikit-learn, 0 to 4 old with half of their labels, as rows of length one in 16 principal directions of their
 pixels. Twenty rounds of k-means, splits and merges, without a coin, begin with 16 clusters instead of ten; Psi is the paper's.
 
-Arms: *gpc*; *start*, no round at all; *too few*, from six clusters; *variance within*, with the variance within the labelled classes
-as Psi; *learnt*, on features that tell classes better: those of half of the digits by a network that learnt from all labels of the
-other half. `error` is how far the number is from ten; a seed draws the labels that are shown, the first centres and the halves.
+Arms: *gpc*; *start*, no round at all; *too few*, from six clusters; *variance within*, with the variance within the labelled
+classes as Psi; *learnt*, on features that tell classes better: those of half of the digits by a network that learnt from all
+labels of the other half. `error` is how far the number is from ten; a seed draws the labels that are shown, the first centres
+and the halves.
 """
 
 from collections.abc import Callable, Mapping

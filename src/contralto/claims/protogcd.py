@@ -88,8 +88,6 @@ def build(arm: Mapping[str, Any], *, seed: int, budget: Mapping[str, Any], sampl
     settings = dict(arm)
     kind = {"protogcd": ProtoGCD, "instance": DiscoverySystem}[settings.pop("system", "protogcd")]
     epochs = int(settings.pop("epochs", budget["epochs"]))
-    if kind is ProtoGCD:
-        settings = {"ramp_epochs": epochs // 2} | settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = conv_encoder(128)

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from contralto.claims.digits import SIDE, Split, batches, features_of, pretrain
 from contralto.encoders.tables import TableEncoder
 from contralto.evaluation.regression import fit_probe
 from contralto.systems.regression.supremix import SupReMix
+from contralto.views.rotation import rotate
 
 __all__ = ["Turned", "run", "turn", "turned_digits"]
 
@@ -48,11 +48,7 @@ def turn(x: Tensor, degrees: Tensor) -> Tensor:
     >>> torch.allclose(turn(x, torch.zeros(2)), x, atol=1e-5)
     True
     """
-    angle = torch.deg2rad(degrees)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    grid = F.affine_grid(theta, [len(x), 1, SIDE, SIDE], align_corners=False)
-    return F.grid_sample(x.view(-1, 1, SIDE, SIDE), grid, align_corners=False).flatten(1)
+    return rotate(x.view(-1, 1, SIDE, SIDE), degrees).flatten(1)
 
 
 def turned_digits(seed: int, *, train: int = 600, test: int = 1500) -> Turned:

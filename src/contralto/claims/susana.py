@@ -8,9 +8,9 @@ each, Adam at 1e-3 with a cosine: the pilot's recipe. All arms of a seed have th
 tested on the same 600 episodes of 5 classes with 15 queries, by the nearest prototype. What is compared is the accuracy on every
 new character, mean over its queries: a resample draws characters.
 
-Arms differ in the terms of the loss, and in the support pictures of an episode of training and test (*five*: 5, else 1). *points*
-is another experiment: the ICNN loss alone moves 60 random points of three classes in R^8; leave-one-out nearest neighbours then
-tell the classes apart.
+Arms differ in the terms of the loss. Training has one support picture of a class, the test one or five. *points* is another
+experiment: the ICNN loss alone moves 60 random points of three classes in R^8; leave-one-out nearest neighbours then tell the
+classes apart.
 """
 
 import os

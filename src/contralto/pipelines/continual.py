@@ -216,6 +216,8 @@ class Continual(Pretraining):
     def cut(self, domains: Array | None) -> list[Task]:
         """The tasks, from the pictures to learn from and their domains."""
         a = self.arguments
+        if a["split_by"] not in ("class", "domain", "drift"):
+            raise UsageError(f'split_by must be "class", "domain" or "drift", got {a["split_by"]!r}')
         seed = a["seed"] if a["shuffle_classes"] else None
         if domains is not None:
             return split_by_domain(self.labels, domains, seed=seed)

@@ -40,6 +40,7 @@ from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval
 from contralto.evaluation.discovery import cluster_accuracy
 from contralto.files import naming, write_atomically, write_json
+from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.how_many import estimate_number
 from contralto.neighbors.knn import unit_rows
 from contralto.pipelines.pretrain import Pretraining
@@ -57,8 +58,8 @@ __all__ = ["Discovery"]
 Array = npt.NDArray[Any]
 CROP = 0.875
 BLOCK, BATCH = 512, 64
-DIRECTIONS = 128
-"""Principal directions in which classes are counted: of 1,280 features it is ten times as fast, and as good."""
+DIRECTIONS = 64
+"""Principal directions in which classes are counted."""
 MAPPED = 1500
 NEAREST = 3
 
@@ -245,16 +246,13 @@ class Discovery(Pretraining):
         self.console.print(f"  {self.new} new classes; 95 % interval {max(low, 0)} to {max(high, 0)}", highlight=False)
 
     def _estimate(self) -> dict[str, Any]:
-        x = torch.from_numpy(unit_rows(self.plain.astype(np.float32) - self.centre()[0]))
-        if x.shape[1] > DIRECTIONS < len(x):
-            vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0))).eigenvectors
-            x = x @ vectors[:, -DIRECTIONS:]
+        x = principal_rows(self.plain.astype(np.float32) - self.centre()[0], DIRECTIONS)
         method: Literal["search", "split"] = "search" if len(self.old) >= 4 else "split"
         most = self.arguments["most_classes"]
         if most is not None and most <= len(self.old):
             raise UsageError(f"most_classes must be above the number of labelled classes, {len(self.old)}; got {most}")
         seed = self.arguments["seed"]
-        found = estimate_number(x.numpy(), self.labels, high=most, seed=seed, restarts=1, method=method)
+        found = estimate_number(x, self.labels, high=most, seed=seed, restarts=1, method=method)
         tried = {str(k): v for k, v in found.tried.items()}
         return {"number": found.number, "low": found.low, "high": found.high, "method": method, "tried": tried}
 
@@ -353,10 +351,13 @@ class Discovery(Pretraining):
         """What learns: the encoder, or with `frozen` the layers behind it, for which features are the input."""
         if not self.arguments["frozen"]:
             return super().encoder(seed)
-        base = self.begun
-        return ImageEncoder(
-            "adapter", identity_mlp(base.num_features), base.num_features, base.size, base.mean, base.std
-        )
+        base, adapter = self.begun, identity_mlp(self.begun.num_features)
+        mean, spread = self.centre()
+        first: Any = adapter[0]
+        with torch.no_grad():  # features after a ReLU all point one way: cosines would hardly tell them apart
+            first.weight.div_(spread)
+            first.bias.copy_(torch.from_numpy(-mean / spread))
+        return ImageEncoder("adapter", adapter, base.num_features, base.size, base.mean, base.std)
 
     def facts(self, encoder: ImageEncoder) -> dict[str, Any]:
         """Old classes are those with labels; new ones as many as were counted."""

@@ -106,10 +106,11 @@ class FewShotJob(Pretraining):
         chosen = novel_classes(
             self.manifest, self.rows, named=a["novel"], share=a["novel_share"], groups=a["novel_groups"], seed=a["seed"]
         )
+        right = self.manifest.right_labels
         self.base = np.setdiff1d(np.unique(self.labels), chosen)
-        self.novel_rows = np.flatnonzero(np.isin(self.manifest.right_labels, chosen))
-        self.novel_labels = self.manifest.right_labels[self.novel_rows]
-        kept = np.isin(self.labels, self.base)
+        self.novel_rows = np.flatnonzero(np.isin(right, chosen))
+        self.novel_labels = right[self.novel_rows]
+        kept = np.isin(self.labels, self.base) & ~np.isin(right[self.rows], chosen)  # a wrong label does not let it in
         self.rows, self.labels = self.rows[kept], np.searchsorted(self.base, self.labels[kept])
         told = {"base": [names[c] for c in self.base], "novel": [names[c] for c in chosen]}
         text = json.dumps([self.fingerprint, told["novel"]])
@@ -120,10 +121,12 @@ class FewShotJob(Pretraining):
             f"{len(self.novel_rows)}",
             highlight=False,
         )
+        if not a["test_shots"]:
+            raise UsageError("test_shots must hold a number of known pictures of a class at least")
         if "episodes" in a:
             _demand(self.labels, a["way"], a["shot"], a["queries"], f"{self.data} (base classes)")
         for shot in a["test_shots"]:
-            _demand(self.novel_labels, a["test_way"], shot, a["test_queries"], f"{self.data} (new classes)")
+            _demand_test(self.novel_labels, a, shot, self.data)
 
     def facts(self, encoder: ImageEncoder) -> dict[str, Any]:
         """Only base classes count; an epoch is so many episodes."""
@@ -209,7 +212,7 @@ class FewShotJob(Pretraining):
         inside = manifest.column("split").astype(str) == split if split is not None else np.ones(len(labels), bool)
         rows = np.flatnonzero((labels >= 0) & ~np.isin(labels, known) & inside)
         for shot in arguments["test_shots"]:
-            _demand(labels[rows], arguments["test_way"], shot, arguments["test_queries"], f"{data} (new classes)")
+            _demand_test(labels[rows], arguments, shot, data)
         features = _features(load_embedder(run), manifest, rows)
         scores = _scores(features, labels[rows], arguments)
         scores["ICNN score"] = {"value": _icnn(features, labels[rows])}
@@ -246,11 +249,12 @@ class FewShotJob(Pretraining):
     def _classifier(self) -> tuple[Classifier, int]:
         """The classifier of the run, and on how many pictures its prototypes stand."""
         a = self.arguments
+        model = Embedder(self.module)
         if a["support"] is not None:
             manifest = self._read(a["support"], self.out / "support", columns=False)
-            return _from_manifest(self.out, manifest, np.arange(len(manifest)), a["support"])
+            return _from_manifest(model, manifest, np.arange(len(manifest)), a["support"])
         rows = np.union1d(self.rows, self.novel_rows)
-        return _from_manifest(self.out, self.manifest, rows, self.data)
+        return _from_manifest(model, self.manifest, rows, self.data)
 
 
 def novel_classes(
@@ -340,27 +344,25 @@ def classifier_from(
     ...
     contralto.errors.DataError: nowhere: there is no pretrained encoder here (built.json); is the run finished?
     """
-    load_embedder(run)
+    model = load_embedder(run)
     manifest = ingest(data, label_column=label_column, image_column=image_column, image_filter=False)
-    return _from_manifest(Path(run), manifest, np.arange(len(manifest)), data)[0]
+    return _from_manifest(model, manifest, np.arange(len(manifest)), data)[0]
 
 
-def _from_manifest(run: Path, manifest: Manifest, rows: Integers, data: str) -> tuple[Classifier, int]:
+def _from_manifest(model: Embedder, manifest: Manifest, rows: Integers, data: str) -> tuple[Classifier, int]:
     """The nearest-prototype classifier of the labelled pictures among some rows, and how many they are."""
     labels = manifest.right_labels
     rows = rows[labels[rows] >= 0]
     chosen, places = np.unique(labels[rows], return_inverse=True)
     if len(chosen) < 2:
         raise DataError(f"a classifier needs labelled pictures of two classes, found {len(chosen)}", file=data)
-    model = load_embedder(run)
     encoder = model.system.encoder
     assert isinstance(encoder, ImageEncoder)
     features = torch.from_numpy(_features(model, manifest, rows))
     prototypes = means(features, torch.from_numpy(places), len(chosen))
     names = [manifest.class_names[c] for c in chosen]
     temperature = float(getattr(model.system, "temperature", 1.0))
-    name = str(_of_run(run)[0]["image_encoder"])
-    return Classifier.of(encoder, name, names, prototypes, rule="distance", temperature=temperature), len(rows)
+    return Classifier.of(encoder, encoder.name, names, prototypes, rule="distance", temperature=temperature), len(rows)
 
 
 def _of_run(run: str | Path) -> tuple[dict[str, Any], set[str]]:
@@ -407,12 +409,19 @@ def _drawn(manifest: Manifest, there: Integers, share: float, groups: bool, seed
     return there[np.isin(kinds, taken)]
 
 
-def _demand(labels: Integers, way: int, shot: int, queries: int, what: str) -> None:
+def _demand(labels: Integers, way: int, shot: int, queries: int, what: str, *, episodes: int = 1) -> None:
     """Say that there is not enough for an episode, with the name of the data."""
     try:
-        draw_episodes(labels, way=way, shot=shot, queries=queries, episodes=1, rng=np.random.default_rng(0))
+        draw_episodes(labels, way=way, shot=shot, queries=queries, episodes=episodes, rng=np.random.default_rng(0))
     except DataError as error:
         raise DataError(str(error), file=what) from error
+
+
+def _demand_test(labels: Integers, arguments: dict[str, Any], shot: int, data: str) -> None:
+    """The same for the episodes of the test."""
+    a = arguments
+    few = min(a["test_episodes"], 1)
+    _demand(labels, a["test_way"], shot, a["test_queries"], f"{data} (new classes)", episodes=few)
 
 
 def _features(model: Embedder, manifest: Manifest, rows: Integers) -> Features:

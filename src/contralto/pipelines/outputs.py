@@ -39,7 +39,7 @@ def claim_run(
         "arguments": dict(arguments),
         "extensions": list(extensions),
     }
-    if path.exists() and (out / "manifest").exists():
+    if path.exists() and any((out / name).exists() for name in ("manifest", "sounds")):
         with naming(path):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         written = json.loads(plain_json(config))  # as it comes back: a pair as a list

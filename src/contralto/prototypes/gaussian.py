@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from contralto.errors import UsageError
-from contralto.prototypes.bank import assign, means
+from contralto.prototypes import bank
 
 __all__ = [
     "Moments",
@@ -107,7 +107,7 @@ def moments(x: Tensor, labels: Tensor, k: int) -> Moments:
     labels, x = labels[order], x[known][order].double()
     n, dim = x.shape
     count = torch.bincount(labels, minlength=k)
-    mean = means(x, labels, k)
+    mean = bank.means(x, labels, k)
     blocks = -(-count // dim)  # of every cluster
     first_row, first_block = count.cumsum(0) - count, blocks.cumsum(0) - blocks
     place = torch.arange(n, device=x.device) - first_row[labels] + dim * first_block[labels]
@@ -161,7 +161,7 @@ def posterior_means(x: Tensor, labels: Tensor, k: int, prior: Prior) -> Tensor:
     tensor([[1.]], dtype=torch.float64)
     """
     count = torch.bincount(labels[(labels >= 0) & (labels < k)], minlength=k).double()
-    return _shrunk(count, means(x.double(), labels, k), prior)
+    return _shrunk(count, bank.means(x.double(), labels, k), prior)
 
 
 def log_evidence(of: Moments, prior: Prior) -> Tensor:
@@ -346,21 +346,16 @@ def split_and_merge(
     pairs = _nearest_pairs(centre, ~split & (whole.count > 0))
     ratio = -log_split_ratio(_some(whole, pairs[0]), _some(whole, pairs[1]), prior, alpha=alpha)
     wanted = _accepted(ratio, coin, generator)
-    a, b = _each_once(pairs[:, wanted], ratio[wanted], k_free)
+    pairs = _each_once(pairs[:, wanted], ratio[wanted], k_free)
 
-    kept = ~split & (whole.count > 0)
-    kept[torch.cat([a, b])] = False
-    centres = torch.cat(
-        [
-            posterior_means(x, labels, old, prior),
-            centre[kept],
-            _shrunk(first.count, first.mean, prior)[split],
-            _shrunk(second.count, second.mean, prior)[split],
-            (centre[a] + centre[b]) / 2,
-        ]
-    )
-    nearest, _ = assign(x, centres, metric="euclidean", fixed=fixed)
-    return Round(centres, nearest, int(split.sum()), len(a))
+    halves = torch.stack([_shrunk(half_of.count, half_of.mean, prior) for half_of in (first, second)], 1)
+    found, parent = bank.split(centre, split.nonzero().squeeze(1), halves[split])
+    found, place = bank.merge(found, pairs.T)
+    there = torch.zeros(len(found), dtype=torch.bool, device=x.device)
+    there[place[whole.count[parent] > 0]] = True  # empty clusters are dropped
+    centres = torch.cat([posterior_means(x, labels, old, prior), found[there]])
+    nearest, _ = bank.assign(x, centres, metric="euclidean", fixed=fixed)
+    return Round(centres, nearest, int(split.sum()), pairs.shape[1])
 
 
 def _shrunk(count: Tensor, mean: Tensor, prior: Prior) -> Tensor:

@@ -128,7 +128,7 @@ def share_map(
     >>> ">50<" in share_map([[0.5, None]], ["a"], ["b", "c"], label="accuracy")
     True
     """
-    cell, left, top = 36, 150, 90
+    cell, left, top = 36, 150, 64
     width, height = left + cell * len(columns) + 60, top + cell * len(rows) + 8
     parts = []
     for j, name in enumerate(columns):
@@ -187,8 +187,18 @@ def scatter(
     return _svg(size, size, "".join(parts), "map of the training images with the prototypes of the classes")
 
 
-def agreement(points: Sequence[Point], *, label: str, x_label: str, y_label: str, size: int = 420) -> str:
+def agreement(
+    points: Sequence[Point],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    limits: tuple[float, float] | None = None,
+    size: int = 420,
+) -> str:
     """Points (what is right, what was told) in a square with the line on which both are the same.
+
+    `limits` are those of both axes, by default of the points.
 
     Examples
     --------
@@ -198,7 +208,7 @@ def agreement(points: Sequence[Point], *, label: str, x_label: str, y_label: str
     if not points:
         return ""
     values = [v for p in points for v in p]
-    low, high = min(values), max(values)
+    low, high = limits or (min(values), max(values))
     high = high if high > low else low + 1
     left, top, side = 52, 10, size - 92
 
@@ -213,8 +223,8 @@ def agreement(points: Sequence[Point], *, label: str, x_label: str, y_label: str
         value = low + (high - low) * i / 4
         x, y = x_of(value), y_of(value)
         parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 5}" y="{y + 3:.1f}" text-anchor="end">{value:.4g}</text>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{top + side + 14}" text-anchor="middle">{value:.4g}</text>')
+        parts.append(f'<text class="tick" x="{left - 5}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{top + side + 14}" text-anchor="middle">{value:.3g}</text>')
     parts.append(
         f'<line class="grid" x1="{x_of(low):.1f}" y1="{y_of(low):.1f}" x2="{x_of(high):.1f}" y2="{y_of(high):.1f}"/>'
     )

@@ -1,5 +1,6 @@
 """The report of a pretraining: what the encoder finds alike, a map, the course of the training; one file as `review.report`'s."""
 
+import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ def write_encoder_report(
         "effective_rank": effective_rank(embeddings),
         "map": _map(embeddings, labels, classes, seed),
         "curves": _curves(run / "training" / "metrics.jsonl"),
+        "episode": _picture(run / "episodes.png"),
     }
     sheets = sheets_of([thumbnail_of(enlarged(p, thumbnail), thumbnail) for p in pictures], thumbnail, 70)
     html = render(
@@ -95,6 +97,13 @@ def enlarged(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]
     """A small picture, by whole pixels."""
     times = max(side // max(picture.shape[:2]), 1)
     return picture.repeat(times, 0).repeat(times, 1)
+
+
+def _picture(path: Path) -> str | None:
+    """A PNG as a data address, where there is one."""
+    if not path.exists():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _map(embeddings: npt.NDArray[np.float32], labels: Sequence[str], classes: list[str], seed: int) -> str:

@@ -51,11 +51,14 @@ def write_regression_report(run: str | Path, *, out: str | Path | None = None, s
         table = pq.read_table(run / "predictions.parquet").to_pydict()
         number, told = np.array(table["number"], float), np.array(table["told"], float)
         rows = np.sort(np.random.default_rng(seed).permutation(len(number))[:SHOWN])
-        charts = [
-            {"title": title, "svg": _chart(number[rows], np.array(table[key], float)[rows], title)}
+        shown = {
+            title: np.array(table[key], float)[rows]
             for key, title in (("told", config["system"]), ("baseline", "least absolute error"))
             if key in table
-        ]
+        }
+        every = np.concatenate([number[rows], *shown.values()])
+        limits = float(every.min()), float(every.max())
+        charts = [{"title": title, "svg": _chart(number[rows], t, title, limits)} for title, t in shown.items()]
         worst = [
             {"id": shown_text(str(table["id"][i]), 80), "number": number[i], "told": told[i]}
             for i in np.argsort(-np.abs(number - told), kind="stable")[:WORST]
@@ -80,9 +83,10 @@ def write_regression_report(run: str | Path, *, out: str | Path | None = None, s
     return target
 
 
-def _chart(number: Any, told: Any, title: str) -> str:
+def _chart(number: Any, told: Any, title: str, limits: tuple[float, float]) -> str:
     points = list(zip(number.tolist(), told.tolist(), strict=True))
-    return agreement(points, label=f"right and told, {title}", x_label="right", y_label="told (up)")
+    label = f"right and told, {title}"
+    return agreement(points, label=label, x_label="right", y_label="told (up)", limits=limits)
 
 
 def _curves(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ ALL = OLD + NEW
 
 def tiny(kind=ProtoGCD, **options):
     settings = {"hidden": 9, "dim": 7, "steps_per_epoch": 2, "epochs": 8, "num_classes": OLD, "num_new": NEW}
-    settings |= {"ramp_epochs": 4} if kind is ProtoGCD else {}
     return kind(encoder(), num_features=10, **(settings | options)).double()
 
 
@@ -93,7 +92,10 @@ def test_the_ramps_follow_the_epochs_of_the_steps():
     assert ratios == (0.0, 0.2, 0.4667, 0.7333, 1.0, 1.0, 1.0)
     assert sharp == (0.07, 0.055, 0.04, 0.04, 0.04, 0.04, 0.04)
     assert {tiny().sharpness} == {0.05}
-    assert ProtoGCD(encoder(), num_features=10, num_new=2, hidden=4, dim=4).ratio == 0
+    paper = ProtoGCD(encoder(), num_features=10, num_new=2, hidden=4, dim=4)
+    assert (paper.ratio, paper.ramp_epochs) == (0, 100)
+    paper.steps.fill_(33)
+    assert paper.ratio == pytest.approx(33 / 99)
 
 
 def test_swapping_the_views_changes_nothing():
@@ -150,7 +152,7 @@ def test_labelled_samples_weigh_in_the_balance_and_get_pseudo_labels_too():
 
 
 def test_training_finds_the_classes_and_old_ones_stay_on_their_prototypes():
-    system = tiny(epochs=150, ramp_epochs=75, lr=0.05, seed=1)
+    system = tiny(epochs=150, lr=0.05, seed=1)
     [optimizer], [schedule] = system.optimizers_and_schedules()
     for step in range(system.total_steps):
         system.step(vectors(step, n=40))["loss"].backward()
@@ -204,6 +206,34 @@ def test_prototypes_of_old_classes_may_begin_as_means_once():
     before = plain.prototypes.weight.detach().clone()
     plain.at_epoch_start(x, y)
     assert torch.equal(plain.prototypes.weight, before)
+
+
+def test_all_prototypes_may_begin_as_the_centres_of_clusters():
+    """Rows of five directions, of which two are known: the others get the prototypes of the new classes."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(ALL), 12)
+    x = (np.eye(10)[truth] + 0.05 * rng.normal(size=(len(truth), 10))).astype(np.float32)
+    labels = np.where((truth < OLD) & (np.arange(len(truth)) % 2 == 0), truth, -1)
+    system = tiny(init_prototypes="clusters").float()
+    assert system.asks_features(0)
+    system.at_epoch_start(x, labels)
+    found = system.discover(x, labels)
+    assert (found.assigned[truth < OLD] == truth[truth < OLD]).all()
+    assert {len(np.unique(found.assigned[truth == c])) for c in range(ALL)} == {1}
+    assert len(np.unique(found.assigned)) == ALL
+
+
+def test_all_prototypes_may_begin_as_clusters_with_old_classes_in_their_place():
+    rng, kind = np.random.default_rng(0), np.repeat(np.arange(6), 30)
+    x = (np.eye(10)[kind] + 0.1 * rng.normal(size=(180, 10))).astype(np.float32)
+    labels = np.where((np.arange(180) % 2 == 0) & np.isin(kind, [0, 2]), kind, -1)  # none of class 1
+    system = tiny(num_classes=3, num_new=3, init_prototypes="clusters").float()
+    assert system.asks_features(0)
+    system.at_epoch_start(x, labels)
+    found = system.discover(x, labels).assigned
+    assert (found[kind == 0] == 0).all()
+    assert (found[kind == 2] == 2).all()
+    assert right_clusters(kind, found, [0]).mean() == 1
 
 
 def test_a_checkpoint_holds_all_that_the_next_steps_need():

@@ -150,6 +150,22 @@ def test_the_view_is_a_crop_of_nearly_all():
     assert view.scale[0] == view.scale[1] == pytest.approx(0.94**2)
 
 
+def test_every_picture_is_turned_by_an_angle_of_its_own_that_depends_on_its_index():
+    pictures = torch.full((6, 3, 24, 24), 255, dtype=torch.uint8)
+    batch = {"pictures": pictures, "sizes": torch.full((6, 2), 24), "epoch": torch.zeros(6, dtype=torch.int64)}
+    batch |= {"index": torch.arange(6), "label": torch.zeros(6, dtype=torch.int64)}
+    shown = {}
+    for degrees in (0.0, 15.0):
+        system = steps.build("core_tuning", degrees=degrees)
+        system.encoder.size, system.encoder.mean, system.encoder.std = 16, (0.0,) * 3, (1.0,) * 3
+        [shown[degrees]] = system.on_after_batch_transfer(batch, 0)["views"]
+    assert (shown[0.0] == 1).all()
+    missing = (shown[15.0] < 0.5).sum((1, 2, 3))  # corners that came in from beyond the border
+    assert len(missing.unique()) > 3
+    part = {k: v[4:] for k, v in batch.items()}
+    assert torch.equal(system.on_after_batch_transfer(part, 0)["views"][0], shown[15.0][4:])
+
+
 def test_it_learns():
     torch.manual_seed(0)
     for name in NAMES:

@@ -27,11 +27,22 @@ from contralto.losses.discovery import (
     prototype_separation,
     swapped_labels,
 )
+from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import means
 from contralto.prototypes.layer import CosineLayer
 from contralto.systems.base import Optimizer
-from contralto.systems.discovery.base import Discovered, DiscoverySystem, Floats, Labels, nearest_prototypes
+from contralto.systems.discovery.base import (
+    Discovered,
+    DiscoverySystem,
+    Floats,
+    Labels,
+    class_clusters,
+    nearest_prototypes,
+)
+
+DIRECTIONS = 64
+"""Principal directions in which first clusters are found: in a thousand, single samples are clusters of their own."""
 
 __all__ = ["ProtoGCD"]
 
@@ -53,7 +64,8 @@ class ProtoGCD(DiscoverySystem):
     ratio_start, ratio_end : float
         Share of the batch with one-hot pseudo-labels, at the start and the end of the ramp.
     ramp_epochs, wait_epochs : int
-        Epochs of the ramp, and those before it, in which all pseudo-labels are soft.
+        Epochs of the ramp (default: half of `epochs`, 100 of 200 in the paper), and those before it, in which all
+        pseudo-labels are soft.
     entropy, separation : float
         Weights of the balance of the classes and of the distance of the prototypes; where classes are alike the paper takes 0.05
         for the latter.
@@ -109,7 +121,7 @@ class ProtoGCD(DiscoverySystem):
         teacher_epochs: int = 0,
         ratio_start: float = 0.0,
         ratio_end: float = 1.0,
-        ramp_epochs: int = 100,
+        ramp_epochs: int | None = None,
         wait_epochs: int = 0,
         entropy: float = 2.0,
         separation: float = 0.1,
@@ -130,6 +142,7 @@ class ProtoGCD(DiscoverySystem):
             raise UsageError("temperature, teacher_temperature and teacher_start must be above 0")
         if not 0 <= ratio_start <= 1 or not 0 <= ratio_end <= 1:
             raise UsageError(f"ratio_start and ratio_end must be in [0, 1], got {ratio_start} and {ratio_end}")
+        ramp_epochs = epochs // 2 if ramp_epochs is None else ramp_epochs
         if min(teacher_epochs, ramp_epochs, wait_epochs) < 0:
             raise UsageError("teacher_epochs, ramp_epochs and wait_epochs must be at least 0")
         if init_prototypes not in ("random", "means", "clusters"):
@@ -192,13 +205,17 @@ class ProtoGCD(DiscoverySystem):
 
     @torch.no_grad()
     def at_epoch_start(self, features: Floats, labels: Labels) -> None:
-        """Where asked for, put prototypes of old classes to the means of their labelled samples; one that has none stays."""
+        """Where asked for, put prototypes of old classes to the means of their labelled samples, or all to centres."""
         super().at_epoch_start(features, labels)
         if self.init_prototypes == "random":
             return
-        weight = self.prototypes.weight[: self.num_classes]
+        number = self.num_classes
+        if self.init_prototypes == "clusters":
+            number = min(len(self.prototypes.weight), number + int((labels < 0).sum()))
+            labels = class_clusters(principal_rows(features, DIRECTIONS), labels, number, seed=self.seed).labels
+        weight = self.prototypes.weight[:number]
         rows = torch.from_numpy(unit_rows(features)).to(weight)
-        weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), self.num_classes, before=weight))
+        weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), number, before=weight))
 
     def discover(self, features: Floats, labels: Labels) -> Discovered:
         """Every sample goes to the prototype of the largest cosine; the labels are not asked."""

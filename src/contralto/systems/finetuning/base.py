@@ -17,9 +17,13 @@ from contralto.encoders.heads import mlp
 from contralto.errors import DataError, UsageError
 from contralto.losses.pairs import sup_con
 from contralto.systems.base import EncoderSystem, Optimizer
-from contralto.views.batched import BatchView
+from contralto.views.batched import BatchView, uniforms
+from contralto.views.rotation import rotate
 
 __all__ = ["FineTuning"]
+
+_ANGLE = 1000
+"""Stands for the view among what an angle is a function of: no view has this number."""
 
 
 class FineTuning(EncoderSystem):
@@ -41,6 +45,8 @@ class FineTuning(EncoderSystem):
         contrast see one part at a time. Across processes, contrast sees the parts of the whole batch.
     crop : float
         Share of the side of a picture that a view covers; 0.94 is 256 of 272 pixels.
+    degrees : float
+        Largest angle by which views are turned, to both sides.
 
     Examples
     --------
@@ -73,6 +79,7 @@ class FineTuning(EncoderSystem):
         dim: int = 256,
         micro_batch: int = 64,
         crop: float = 0.94,
+        degrees: float = 15.0,
     ) -> None:
         super().__init__(
             encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
@@ -86,7 +93,7 @@ class FineTuning(EncoderSystem):
                 f"eta is at least 0, micro_batch at least 2, crop a share in (0, 1]; got {eta}, {micro_batch}, {crop}"
             )
         self.num_classes, self.eta, self.temperature = num_classes, eta, temperature
-        self.micro_batch, self.crop = micro_batch, crop
+        self.micro_batch, self.crop, self.degrees = micro_batch, crop, degrees
         with self.seeded():
             self.classifier = nn.Linear(num_features, num_classes, bias=False)
             self.projector = mlp([num_features, num_features, dim], normalize=True) if self.eta else nn.Identity()
@@ -94,8 +101,17 @@ class FineTuning(EncoderSystem):
     def views(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
     ) -> Sequence[BatchView]:
-        """One view: a square of `crop` of the side at a random place, flipped half of the time."""
+        """One view: a square of `crop` of the side at a random place, flipped half of the time; it is turned afterwards."""
         return [BatchView(size, (self.crop**2, self.crop**2), (1.0, 1.0), mean=mean, std=std)]
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Draw the views of a batch of `pictures`, each turned by its own angle."""
+        drawn = super().on_after_batch_transfer(batch, dataloader_idx)
+        if "pictures" not in batch or not self.degrees:
+            return drawn
+        u = uniforms(self.seed, batch["epoch"].cpu(), batch["index"].cpu(), _ANGLE, 1)[:, 0]
+        angles = torch.from_numpy(self.degrees * (2 * u - 1))
+        return drawn | {"views": [rotate(view, angles) for view in drawn["views"]]}
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch of one view."""

@@ -35,7 +35,7 @@ class CoreTuning(FineTuning):
 
     Parameters
     ----------
-    encoder, ..., temperature, dim, micro_batch, crop
+    encoder, ..., temperature, dim, micro_batch, crop, degrees
         See `FineTuning`. Mining and mixing are within a part, so that `micro_batch` is part of the method.
     eta : float
         Weight of the contrast; the paper chooses among 0.1, 1 and 10. 0 leaves the smooth boundary alone.
@@ -81,6 +81,7 @@ class CoreTuning(FineTuning):
         dim: int = 256,
         micro_batch: int = 64,
         crop: float = 0.94,
+        degrees: float = 15.0,
         alpha: float = 1.0,
         floor: float = 0.8,
         gamma: float = 1.0,
@@ -91,7 +92,7 @@ class CoreTuning(FineTuning):
             encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch,
             num_classes=num_classes, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
             weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, eta=eta, temperature=temperature,
-            dim=dim, micro_batch=micro_batch, crop=crop,
+            dim=dim, micro_batch=micro_batch, crop=crop, degrees=degrees,
         )  # fmt: skip
         if not alpha > 0 or not 0 <= floor <= 1 or over not in ("positives", "rows"):
             raise UsageError(
