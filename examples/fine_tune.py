@@ -20,7 +20,7 @@ shots = int(sys.argv[3]) if len(sys.argv) > 3 else 10
 columns = {"label_column": "label", "group_column": "emoji"} if data == shipped else {}
 
 # Any encoder serves: a pretraining of your own by its folder, image_encoder="runs/simclr".
-settings = load_preset("small", "core_tuning") | {"image_encoder": "efficientnet-lite0", "image_size": 64, "epochs": 10}
+settings = load_preset("small", "core_tuning") | {"image_encoder": "efficientnet-lite0", "epochs": 10}
 run = FineTuningJob("core_tuning").fit(data, out, shots=shots, baseline=True, **columns, **settings)
 
 for name, score in json.loads((run / "metrics.json").read_text())["scores"].items():
