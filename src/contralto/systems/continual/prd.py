@@ -63,6 +63,9 @@ class PRD(ContinualSystem):
         See `ContinualSystem`. The paper keeps no sample.
     hidden, dim : int
         Widths of the projector of three layers.
+    projector_norm : {"none", "batch"}
+        Batch norm in the projector. Not in the paper: features of a fresh network are all alike, and without it contrast may stay
+        at the logarithm of the batch for hundreds of steps.
     temperature : float
         Of supervised contrast.
     base_temperature : float
@@ -125,6 +128,7 @@ class PRD(ContinualSystem):
         replayed: int = 0,
         hidden: int = 512,
         dim: int = 128,
+        projector_norm: Literal["none", "batch"] = "none",
         temperature: float = 0.1,
         base_temperature: float = 0.07,
         alpha: float = 2.0,
@@ -152,7 +156,7 @@ class PRD(ContinualSystem):
         self.axis, self.distill, self.prototype_lr = axis, distill, prototype_lr
         self.distill_temperature = distill_temperature or (0.1 if axis == "samples" else 1.0)
         with self.seeded():
-            self.projector = mlp([num_features, hidden, hidden, dim])
+            self.projector = mlp([num_features, hidden, hidden, dim], norm=projector_norm)
             self.prototypes = nn.Linear(num_features, num_classes, bias=False)
         self.teacher = Teacher(mode=teacher, encoder=encoder, prototypes=self.prototypes)
 
