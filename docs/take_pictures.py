@@ -1,6 +1,8 @@
 """Takes the pictures of pages that README and docs show, in headless Chromium, from a finished run of the demo.
 
-contralto demo && python docs/take_pictures.py [RUN]
+contralto demo && python docs/take_pictures.py [RUN [DISCOVERY]]   ("-" for none)
+
+DISCOVERY: a run of `contralto fit protogcd`, as in docs/discovery.md.
 """
 
 import re
@@ -62,15 +64,26 @@ def review(page: Page, run: Path) -> None:
             server.wait()
 
 
-def main(run: Path) -> None:
+def discovery(page: Page, run: Path) -> None:
+    page.goto((run / "report.html").resolve().as_uri())
+    page.wait_for_selector("#gallery .item")
+    page.evaluate("document.querySelectorAll('#gallery .item').forEach((e, i) => { if (i >= 12) e.remove(); })")
+    take(page, "discovery", "header", "#gallery")
+
+
+def main(run: Path | None, discovered: Path | None) -> None:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1120, "height": 900})
-        report(page, run)
-        review(page, run)
+        if run is not None:
+            report(page, run)
+            review(page, run)
+        if discovered is not None:
+            discovery(page, discovered)
         browser.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo"))
+    given = [Path(word) if word != "-" else None for word in sys.argv[1:3]]
+    main(given[0] if given else Path("runs/demo"), given[1] if len(given) > 1 else None)

@@ -3,7 +3,7 @@
     python examples/spoken_digits.py RECORDINGS [PICTURE.png]
 
 RECORDINGS is a folder of a class per folder with WAV or FLAC files, a table, or Parquet with bytes, such as the Free Spoken Digit
-Dataset. Two recordings of every word are kept. Under a minute on one core; contralto[sound], and contralto[plots] for the picture.
+Dataset. Two recordings of every word are kept. Under a minute on one core; needs contralto[sound], the picture contralto[plots].
 For a run folder with model and page: contralto fit coconut RECORDINGS --preset small --out RUN
 """
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import contralto
 from contralto.data.texts import Characters, Vocabulary
 from contralto.errors import DataError, UsageError
+from contralto.pipelines.applying import apply_model
 from contralto.pipelines.speech import SpeechJob, intents, load_speech, targets
 from contralto.systems.continual.coconut import COCONUT
 
@@ -95,6 +97,23 @@ def test_the_finished_model_writes_what_it_wrote(finished, data):
     rows = [int(a["id"].rpartition("#")[2]) for a in answers]
     assert model.write([table[r]["audio"] for r in rows]) == [a["predicted"] for a in answers]
     assert load_speech(finished / "model").write([table[0]["audio"]], beam=3)
+
+
+def test_the_commands_of_a_finished_run_take_recordings(finished, data, tmp_path):
+    found = apply_model(contralto.load(finished), str(data), tmp_path / "said.parquet")
+    assert found.n == 59
+    assert found.skipped == [("words.parquet#7", "not a sound (expected WAV, FLAC or Ogg)")]
+    said = {r["id"]: r for r in pq.read_table(tmp_path / "said.parquet").to_pylist()}
+    answers = pq.read_table(finished / "tasks" / "task2" / "answers.parquet").to_pylist()
+    assert all(said[a["id"]]["label"] == a["predicted"] for a in answers)
+    sure = np.array([said[a["id"]]["confidence"] for a in answers])
+    right = np.array([a["right"] for a in answers])
+    assert ((sure > 0) & (sure <= 1)).all()
+    assert right.all() or sure[right].mean() > sure[~right].mean()
+    assert contralto.load(finished).predict([recording(300, 0)], threshold=1.1) == ["unknown"]
+    (tmp_path / "one.wav").write_bytes(recording(1100, 9))
+    assert apply_model(contralto.load(finished), str(tmp_path / "one.wav"), tmp_path / "e.parquet", task="embed").n == 1
+    assert len(pq.read_table(tmp_path / "e.parquet").to_pylist()[0]["embedding"]) == 16
 
 
 def test_evaluation_of_the_same_recordings_says_the_same(finished, data):

@@ -233,7 +233,7 @@ class Sounds:
         digest = hashlib.sha256(json.dumps([self.classes, self.rate]).encode())
         for name in ("id", "label", "text", "split", "samples"):
             digest.update(json.dumps(self.table.column(name).to_pylist()).encode())
-        digest.update(memoryview(np.ascontiguousarray(self.wave)))
+        digest.update(np.ascontiguousarray(self.wave).data)
         return digest.hexdigest()[:16]
 
 

@@ -273,8 +273,8 @@ def image_encoder(name: str, *, pretrained: bool = True, size: int | None = None
         small = SmallResNet(blocks, width)
         return ImageEncoder(name, small, small.num_features, size or 32)
     if name in ("conv4", "resnet12"):
-        plain = Conv4() if name == "conv4" else ResNet12()
-        return ImageEncoder(name, plain, plain.num_features, size or (32 if name == "conv4" else 84))
+        net = Conv4() if name == "conv4" else ResNet12()
+        return ImageEncoder(name, net, net.num_features, size or (32 if name == "conv4" else 84))
     if name == "efficientnet-lite0":
         return _lite0(pretrained, size)
     if name.startswith("open_clip/"):

@@ -1,4 +1,4 @@
-"""A finished model over a whole collection: labels or embeddings of every picture, block by block, here or on a cluster."""
+"""A finished model over a whole collection: labels or embeddings of every picture or recording, here or on a cluster."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,13 +11,15 @@ import pyarrow.parquet as pq
 from contralto.cluster import has_gpus, map_blocks
 from contralto.data.images import ImageError, decode_image
 from contralto.data.ingest import clean_name
-from contralto.data.sources import IMAGE_SUFFIXES, Block, find_blocks, read_block
+from contralto.data.sounds import SoundError
+from contralto.data.sources import SUFFIXES, Block, Kind, find_blocks, read_block
 from contralto.errors import DataError
 from contralto.files import write_atomically
 from contralto.systems.classifier import UNKNOWN, Classifier
 
 if TYPE_CHECKING:
     from contralto.pipelines.embedding import Embedder
+    from contralto.pipelines.speech import SpeechModel
 
 __all__ = ["Applied", "apply_model"]
 
@@ -35,7 +37,7 @@ class Applied:
 
 
 def apply_model(
-    model: "Classifier | Embedder",
+    model: "Classifier | Embedder | SpeechModel",
     data: str,
     target: str | Path,
     *,
@@ -48,7 +50,8 @@ def apply_model(
 
     Parameters
     ----------
-    model : Classifier or Embedder
+    model : Classifier, Embedder or SpeechModel
+        The last takes recordings; its label is what is said.
     data : str
         Path or fsspec address in any form of `contralto.data.sources`, or one image file.
     target : path
@@ -96,13 +99,19 @@ def apply_model(
 
 
 def _results(
-    model: "Classifier | Embedder", data: str, task: str, threshold: float, image_column: str | None, on: str | None
+    model: "Classifier | Embedder | SpeechModel",
+    data: str,
+    task: str,
+    threshold: float,
+    image_column: str | None,
+    on: str | None,
 ) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
-    if Path(data).is_file() and data.lower().endswith(IMAGE_SUFFIXES):
+    kind: Kind = getattr(model, "kind", "image")
+    if Path(data).is_file() and data.lower().endswith(SUFFIXES[kind]):
         return iter([(_Apply(model, task, threshold).table([data], [Path(data).read_bytes()]), [])])
     gpu = on is not None and has_gpus(on)
     setup = (model, task, threshold, image_column, "cuda" if gpu else None)
-    return map_blocks(_Apply, find_blocks(data), on=on, setup=setup, gpu=gpu)
+    return map_blocks(_Apply, find_blocks(data, kind=kind), on=on, setup=setup, gpu=gpu)
 
 
 class _Apply:
@@ -110,7 +119,7 @@ class _Apply:
 
     def __init__(
         self,
-        model: "Classifier | Embedder",
+        model: "Classifier | Embedder | SpeechModel",
         task: str,
         threshold: float,
         image_column: str | None = None,
@@ -124,12 +133,13 @@ class _Apply:
         pictures: list[Any] = []
         skipped: list[tuple[str, str]] = []
         tables = []
+        decode = getattr(self.model, "decode", decode_image)
         for record in read_block(block, image_column=self.image_column):
             try:
                 if record.problem:
                     raise ImageError(record.problem)
-                picture = decode_image(record.data)
-            except ImageError as error:
+                picture = decode(record.data)
+            except (ImageError, SoundError) as error:
                 skipped.append((clean_name(record.id), str(error)))
                 continue
             ids.append(clean_name(record.id))

@@ -8,12 +8,13 @@ from contralto.systems.classifier import load as load_classifier
 
 if TYPE_CHECKING:
     from contralto.pipelines.embedding import Embedder
+    from contralto.pipelines.speech import SpeechModel
 
 __all__ = ["load"]
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> "Classifier | Embedder":
-    """Load what a run learnt: ``contralto.load(run).predict(images)``, or ``.embed(images)`` of a pretrained encoder.
+def load(folder: str | Path, *, device: str = "cpu") -> "Classifier | Embedder | SpeechModel":
+    """Load what a run learnt: ``contralto.load(run).predict(images)``, ``.embed(images)`` of an encoder, ``.write(sounds)``.
 
     Parameters
     ----------
@@ -23,7 +24,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> "Classifier | Embedder":
 
     Returns
     -------
-    Classifier or Embedder
+    Classifier, Embedder or SpeechModel
         In evaluation mode.
 
     Raises
@@ -31,6 +32,10 @@ def load(folder: str | Path, *, device: str = "cpu") -> "Classifier | Embedder":
     DataError
         If there is nothing finished in the folder, or it is damaged.
     """
+    if any((Path(folder) / name).is_file() for name in ("speech.json", "model/speech.json")):
+        from contralto.pipelines.speech import load_speech
+
+        return load_speech(folder, device=device)
     if not (Path(folder) / "built.json").is_file():
         return load_classifier(folder, device=device)
     from contralto.pipelines.embedding import load_embedder

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 
 from contralto.data.canvas import as_it_is
 from contralto.data.sounds import Ragged, SoundDataset, Sounds, decode_sound, load_sounds, read_sounds
+from contralto.data.sources import Kind
 from contralto.data.tasks import Task, task_of_samples
-from contralto.data.texts import Characters, Vocabulary
+from contralto.data.texts import PAD, Characters, Vocabulary
 from contralto.encoders.audio import AudioEncoder, ConvGRUEncoder, Wav2Vec2Encoder
 from contralto.encoders.features import device_of
 from contralto.errors import DataError
@@ -35,6 +36,7 @@ from contralto.files import load_weights, naming, save_weights, write_atomically
 from contralto.pipelines.continual import Continual, score_of
 from contralto.review.continual import write_continual_report
 from contralto.systems.base import EncoderSystem
+from contralto.systems.classifier import UNKNOWN, Predictions
 from contralto.systems.continual.base import ContinualSystem
 from contralto.systems.continual.coconut import COCONUT
 from contralto.systems.registry import SYSTEMS, get_system
@@ -43,6 +45,7 @@ from contralto.views.audio import LogMel, spectrograms
 __all__ = ["SpeechJob", "SpeechModel", "load_speech"]
 
 Target = Literal["text", "label", "label_text"]
+Sound = bytes | str | Path | npt.NDArray[np.float32]
 SEPARATOR = " | "
 BATCH = 64
 SMALL = "conv-gru"
@@ -105,13 +108,26 @@ class SpeechModel:
         self.system, self.vocabulary = system.eval(), vocabulary
         self.rate, self.seconds, self.form = rate, seconds, form
 
-    def write(self, sounds: Sequence[bytes | str | Path], *, beam: int | None = None) -> list[str]:
+    kind: ClassVar[Kind] = "sound"
+    multilabel: ClassVar[bool] = False
+
+    def decode(self, data: bytes) -> npt.NDArray[np.float32]:
+        """The samples (T,) of an encoded recording, as the model takes them.
+
+        Raises
+        ------
+        SoundError
+            If it cannot be used.
+        """
+        return decode_sound(data, rate=self.rate, seconds=self.seconds)
+
+    def write(self, sounds: Sequence[Sound], *, beam: int | None = None) -> list[str]:
         """What is said in some recordings.
 
         Parameters
         ----------
-        sounds : sequence of bytes or path (N,)
-            WAV, FLAC or Ogg, encoded.
+        sounds : sequence of bytes, path or array (N,)
+            WAV, FLAC or Ogg, encoded; or samples as of `decode`.
         beam : int, optional
             Width of the search; default: that of the system, 1 is greedy.
 
@@ -120,23 +136,65 @@ class SpeechModel:
         SoundError
             If a recording cannot be used.
         """
-        written: list[str] = []
-        for first in range(0, len(sounds), BATCH):
-            part = [s if isinstance(s, bytes) else Path(s).read_bytes() for s in sounds[first : first + BATCH]]
-            waves = [decode_sound(data, rate=self.rate, seconds=self.seconds) for data in part]
-            length = np.array([len(w) for w in waves])
-            ragged = Ragged(np.concatenate(waves), length.cumsum() - length, length)
-            taken, length = ragged.take(np.arange(len(waves)))
-            x, lengths = torch.from_numpy(taken), torch.from_numpy(length)
-            written += self.written(*((x, lengths) if self.form is None else self.form(x, lengths)), beam=beam)
-        return written
+        return [text for x, n in self._batches(sounds) for text in self.written(x, n, beam=beam)]
+
+    @torch.inference_mode()
+    def predict(self, sounds: Sequence[Sound], *, threshold: float = 0.0) -> Predictions:
+        """What is said, with `probabilities` (N, 1): the geometric mean of those of the words or characters that were written.
+
+        Parameters
+        ----------
+        sounds
+            See `write`.
+        threshold : float
+            Below this probability: "unknown".
+        """
+        texts: list[str] = []
+        sure: list[Tensor] = []
+        for x, n in self._batches(sounds):
+            x, n = x.to(self.system.device), n.to(self.system.device)
+            numbers = self.system.write(x, n)
+            logs = self.system.decoder(*self.system.encoder(x, n), numbers).log_softmax(2)
+            said = logs.gather(2, numbers.unsqueeze(2)).squeeze(2)
+            there = numbers != PAD
+            sure.append(((said * there).sum(1) / there.sum(1).clamp_min(1)).exp().cpu())
+            texts += self.vocabulary.decode(numbers.cpu().numpy())
+        probabilities = torch.cat(sure).numpy() if sure else np.zeros(0, np.float32)
+        told = [t if p >= threshold else UNKNOWN for t, p in zip(texts, probabilities, strict=True)]
+        return Predictions(told, probabilities[:, None])
+
+    @torch.inference_mode()
+    def embed(self, sounds: Sequence[Sound]) -> npt.NDArray[np.float32]:
+        """Features (N, F) of the encoder, their mean over time."""
+        device = self.system.device
+        parts = [self.system.embed(x.to(device), n.to(device)).float().cpu() for x, n in self._batches(sounds)]
+        return torch.cat(parts).numpy() if parts else np.zeros((0, self.system.num_features), np.float32)
 
     @torch.inference_mode()
     def written(self, x: Tensor, lengths: Tensor, *, beam: int | None = None) -> list[str]:
-        """The same from a padded batch of what the encoder takes."""
+        """What is said, from a padded batch of what the encoder takes."""
         device = self.system.device
         numbers = self.system.write(x.to(device), lengths.to(device), beam=beam)
         return self.vocabulary.decode(numbers.cpu().numpy())
+
+    def to(self, device: str) -> "SpeechModel":
+        """Work on this device."""
+        self.system.to(device)
+        return self
+
+    def _batches(self, sounds: Sequence[Sound]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Padded batches of what the encoder takes."""
+        for first in range(0, len(sounds), BATCH):
+            waves = [self._samples(sound) for sound in sounds[first : first + BATCH]]
+            length = np.array([len(wave) for wave in waves])
+            taken, length = Ragged(np.concatenate(waves), length.cumsum() - length, length).take(np.arange(len(waves)))
+            x, n = torch.from_numpy(taken), torch.from_numpy(length)
+            yield (x, n) if self.form is None else self.form(x, n)
+
+    def _samples(self, sound: Sound) -> npt.NDArray[np.float32]:
+        if isinstance(sound, np.ndarray):
+            return sound
+        return self.decode(sound if isinstance(sound, bytes) else Path(sound).read_bytes())
 
 
 def load_speech(run: str | Path, *, device: str = "cpu") -> SpeechModel:
@@ -448,8 +506,8 @@ class SpeechJob(Continual):
             f"Learnt by {SYSTEMS[self.name].title} from {len(self.rows)} recordings of {len(names)} classes at "
             f"{self.arguments['rate']} samples a second, one task after another; encoder {self.arguments['audio_encoder']}.",
             "",
-            "    from contralto.pipelines.speech import load_speech",
-            '    load_speech("path/to/this/folder").write(["a.wav", "b.flac"])',
+            "    import contralto",
+            '    contralto.load("path/to/this/folder").write(["a.wav", "b.flac"])',
             "",
             f"## On {len(self.test_rows)} test recordings",
             "",

@@ -5,6 +5,7 @@ types stay in the page until they are downloaded as `names.json`; `contralto rev
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class Discoveries:
             self._manifests: list[Manifest] = [
                 Manifest.load(p) for p in parts[: 1 + (self.run / "unlabelled").is_dir()]
             ]
+        self._given = Counter(self.given)
         self._unlabelled = np.array([not g for g in self.given], bool)
         self._order = np.lexsort((-self.confidence, self.found))
         self._start = np.searchsorted(self.found[self._order], np.arange(len(self.classes) + 1))
@@ -113,7 +115,7 @@ class Discoveries:
 
     def labelled(self, k: int) -> int:
         """How many pictures were given a class as their label."""
-        return self.given.count(self.classes[k])
+        return self._given[self.classes[k]]
 
     def places(self, sha256: Array) -> Array:
         """Positions of pictures by the hashes of their bytes (M,); -1 for what is not in the run."""

@@ -223,6 +223,19 @@ def test_all_prototypes_may_begin_as_the_centres_of_clusters():
     assert len(np.unique(found.assigned)) == ALL
 
 
+def test_all_prototypes_may_begin_as_clusters_with_old_classes_in_their_place():
+    rng, kind = np.random.default_rng(0), np.repeat(np.arange(6), 30)
+    x = (np.eye(10)[kind] + 0.1 * rng.normal(size=(180, 10))).astype(np.float32)
+    labels = np.where((np.arange(180) % 2 == 0) & np.isin(kind, [0, 2]), kind, -1)  # none of class 1
+    system = tiny(num_classes=3, num_new=3, init_prototypes="clusters").float()
+    assert system.asks_features(0)
+    system.at_epoch_start(x, labels)
+    found = system.discover(x, labels).assigned
+    assert (found[kind == 0] == 0).all()
+    assert (found[kind == 2] == 2).all()
+    assert right_clusters(kind, found, [0]).mean() == 1
+
+
 def test_a_checkpoint_holds_all_that_the_next_steps_need():
     def build():
         return tiny(init_prototypes="means")

@@ -10,7 +10,7 @@ and at the end assign every sample to a prototype: those of the old classes come
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,12 +24,12 @@ from contralto.encoders.heads import dino_head
 from contralto.encoders.image import learn_last_blocks
 from contralto.errors import UsageError
 from contralto.losses.pairs import nt_xent, sup_con
-from contralto.neighbors.kmeans import semi_supervised_kmeans
+from contralto.neighbors.kmeans import KMeans, semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.systems.base import EncoderSystem, Optimizer
 from contralto.views.batched import BatchView
 
-__all__ = ["Discovered", "DiscoverySystem", "nearest_prototypes"]
+__all__ = ["Discovered", "DiscoverySystem", "class_clusters", "nearest_prototypes"]
 
 Floats = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int64]
@@ -95,6 +95,31 @@ def nearest_prototypes(
         best[part] = cosines.argmax(1)
         sure[part] = 1 / np.exp((cosines - cosines.max(1, keepdims=True)) / temperature).sum(1)
     return best, sure
+
+
+def class_clusters(features: Floats, labels: Labels, count: int, *, seed: int, spherical: bool = False) -> KMeans:
+    """k-means that knows some labels, with the cluster of class c at place c, also where other classes have no label.
+
+    Parameters
+    ----------
+    features : array (N, F)
+    labels : array (N,)
+        Below `count`, -1 = unknown.
+    count : int
+        Clusters.
+    seed, spherical
+        See `semi_supervised_kmeans`.
+
+    Examples
+    --------
+    >>> class_clusters(np.eye(3), np.array([2, -1, 0]), 3, seed=0).labels.tolist()
+    [2, 1, 0]
+    """
+    given = np.asarray(labels)
+    known = np.unique(given[given >= 0])
+    found = semi_supervised_kmeans(features, given, count, seed=seed, spherical=spherical)
+    place = np.concatenate([known, np.setdiff1d(np.arange(count), known)])  # clusters of known classes come first
+    return replace(found, centroids=found.centroids[np.argsort(place)], labels=place[found.labels])
 
 
 class DiscoverySystem(EncoderSystem):
@@ -281,11 +306,7 @@ class DiscoverySystem(EncoderSystem):
         UsageError
             If there are fewer samples than classes.
         """
-        given = np.asarray(labels)
-        known, count = np.unique(given[given >= 0]), self.num_classes + self.num_new
-        clusters = semi_supervised_kmeans(features, given, count, seed=self.seed, spherical=True)
-        place = np.concatenate([known, np.setdiff1d(np.arange(count), known)])  # centres of known classes come first
-        prototypes = np.empty_like(clusters.centroids)
-        prototypes[place] = clusters.centroids
+        count = self.num_classes + self.num_new
+        prototypes = class_clusters(features, labels, count, seed=self.seed, spherical=True).centroids
         best, confidence = nearest_prototypes(features, prototypes, temperature=TEMPERATURE)
         return Discovered(best, confidence, prototypes, TEMPERATURE, [count])

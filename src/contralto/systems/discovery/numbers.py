@@ -4,6 +4,9 @@ ProtoGCD (arXiv 2504.03755) chooses the number whose prototypes have the best sc
 the released code. This is a score of the kind that the paper describes, samples near their prototype and prototypes far from
 each other, and the bounded search that is usual in the field. `contralto.neighbors.how_many` needs no training and is the
 cheaper choice.
+
+On handwritten digits, of which there are ten classes, the score was best at 8 of the numbers tried (8: 0.746, 10: 0.736, 12:
+0.671; one seed, 25 epochs): take the result as a rough guide.
 """
 
 from collections.abc import Callable

@@ -28,12 +28,18 @@ from contralto.losses.discovery import (
     swapped_labels,
 )
 from contralto.neighbors.directions import principal_rows
-from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import means
 from contralto.prototypes.layer import CosineLayer
 from contralto.systems.base import Optimizer
-from contralto.systems.discovery.base import Discovered, DiscoverySystem, Floats, Labels, nearest_prototypes
+from contralto.systems.discovery.base import (
+    Discovered,
+    DiscoverySystem,
+    Floats,
+    Labels,
+    class_clusters,
+    nearest_prototypes,
+)
 
 DIRECTIONS = 64
 """Principal directions in which first clusters are found: in a thousand, single samples are clusters of their own."""
@@ -206,7 +212,7 @@ class ProtoGCD(DiscoverySystem):
         number = self.num_classes
         if self.init_prototypes == "clusters":
             number = min(len(self.prototypes.weight), number + int((labels < 0).sum()))
-            labels = semi_supervised_kmeans(principal_rows(features, DIRECTIONS), labels, number, seed=self.seed).labels
+            labels = class_clusters(principal_rows(features, DIRECTIONS), labels, number, seed=self.seed).labels
         weight = self.prototypes.weight[:number]
         rows = torch.from_numpy(unit_rows(features)).to(weight)
         weight.copy_(means(rows, torch.from_numpy(labels).to(weight.device), number, before=weight))
