@@ -202,16 +202,6 @@ SYSTEMS: dict[str, System] = {
             "Separating common from salient patterns with Contrastive Representation Learning, ICLR 2024, arXiv 2402.11928",
             data="images with one of two labels: background and target",
         ),
-        System(
-            name="protogcd",
-            title="ProtoGCD",
-            problem="new classes among images of which some have labels; how many, and which",
-            data="images, some with the label of an old class",
-            paper="ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, "
-            "TPAMI 2025, arXiv 2504.03755",
-            path="contralto.systems.discovery.protogcd:ProtoGCD",
-            job="contralto.pipelines.discovery:Discovery",
-        ),
         *(
             System(
                 name=name,
@@ -219,19 +209,27 @@ SYSTEMS: dict[str, System] = {
                 problem="new classes among images of which some have labels; how many, and which",
                 data="images, some with the label of an old class",
                 paper=paper,
-                path=f"contralto.systems.discovery.{name}:{title}",
+                path=f"contralto.systems.discovery.{path}",
                 job="contralto.pipelines.discovery:Discovery",
             )
-            for name, title, paper in (
+            for name, title, path, paper in (
+                (
+                    "gcd",
+                    "GCD",
+                    "base:DiscoverySystem",
+                    "Generalized Category Discovery, CVPR 2022, arXiv 2201.02609",
+                ),
                 (
                     "protogcd",
                     "ProtoGCD",
+                    "protogcd:ProtoGCD",
                     "ProtoGCD: Unified and Unbiased Prototype Learning for Generalized Category Discovery, "
                     "TPAMI 2025, arXiv 2504.03755",
                 ),
                 (
                     "gpc",
                     "GPC",
+                    "gpc:GPC",
                     "Learning Semi-supervised Gaussian Mixture Models for Generalized Category Discovery, "
                     "ICCV 2023, arXiv 2305.06144",
                 ),
