@@ -19,7 +19,17 @@ from contralto.errors import ContraltoError, DataError, UsageError
 
 __all__ = ["main"]
 
-_JOB_OWNED = {"self", "encoder", "num_classes", "num_features", "num_new", "num_samples", "steps_per_epoch", "stage"}
+_JOB_OWNED = {
+    "self",
+    "widths",
+    "encoder",
+    "num_classes",
+    "num_features",
+    "num_new",
+    "num_samples",
+    "steps_per_epoch",
+    "stage",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
