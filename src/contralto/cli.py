@@ -211,7 +211,7 @@ def evaluate(
     from contralto.pipelines.loading import load
     from contralto.systems.classifier import Classifier
 
-    protocol = _protocol(run)
+    protocol = _of_job(run, "evaluate")
     if protocol is not None:
         result: dict[str, Any] = protocol(
             run, data, label_column=label_column, image_column=image_column, group_column=group_column, split=split
@@ -261,8 +261,8 @@ def evaluate(
     return result
 
 
-def _protocol(run: Path) -> Callable[..., dict[str, Any]] | None:
-    """The measurement that belongs to the system of a run, where its job has one of its own."""
+def _of_job(run: Path, name: str) -> Callable[..., Any] | None:
+    """What the job of a run's system does itself: `evaluate` or `report`."""
     from contralto.files import naming
     from contralto.systems.registry import get_job
 
@@ -271,7 +271,7 @@ def _protocol(run: Path) -> Callable[..., dict[str, Any]] | None:
     with naming(run / "config.json"):
         system = json.loads((run / "config.json").read_text(encoding="utf-8")).get("system")
     job = get_job(system) if system is not None else None
-    return None if job is None or isinstance(job, type) else getattr(job, "evaluate", None)
+    return None if job is None or isinstance(job, type) else getattr(job, name, None)
 
 
 def _evaluate_encoder(
@@ -542,15 +542,11 @@ def report(run: Path, *, out: Path | None = None, show: bool = True) -> dict[str
     """
     from contralto.data.images import decode_image
     from contralto.data.manifest import Manifest
-    from contralto.review.discovered import is_discovery, write_discovery_report
     from contralto.review.report import write_report
 
-    if is_discovery(run):
-        target = write_discovery_report(run, out=out)
-    elif (run / "built.json").is_file():
-        from contralto.pipelines.embedding import report_encoder
-
-        target = report_encoder(run, out=out)
+    own = _of_job(run, "report")
+    if own is not None:
+        target: Path = own(run, out=out)
     else:
         manifest = Manifest.load(run / "manifest")
         target = write_report(run, read_image=lambda row: decode_image(manifest.read_bytes(row)), out=out)

@@ -346,7 +346,7 @@ class Continual(Pretraining):
             "files": {"accuracy matrix": "report.html", "answers": f"tasks/task{len(self.tasks)}/answers.parquet"},
         }  # fmt: skip
         write_json(self.out / "metrics.json", told | metrics)
-        write_continual_report(self.out)
+        self.report(self.out)
 
     def measures(self) -> dict[str, Any]:
         """Accuracy matrices by both protocols, what is read off them, and the tasks."""
@@ -381,6 +381,10 @@ class Continual(Pretraining):
 
     def _test_groups(self) -> Array | None:
         return None if self.arguments["split_by"] == "domain" else self.test_groups
+
+    def report(self, run: str | Path, *, out: str | Path | None = None) -> Path:
+        """The page of accuracy after every task."""
+        return write_continual_report(run, out=out)
 
     def card(self, names: list[str], metrics: dict[str, Any]) -> str:
         """The README of the model."""

@@ -432,7 +432,7 @@ class Discovery(Pretraining):
             "files": {"class of every picture": FOUND, "names for new classes": NAMES, "model": "model"},
         }  # fmt: skip
         write_json(self.out / "metrics.json", self.last_metrics() | metrics)
-        write_discovery_report(self.out)
+        self.report(self.out)
 
     def whole(self) -> ImageEncoder:
         """The encoder that is used afterwards: with what was learnt behind it."""
@@ -482,6 +482,10 @@ class Discovery(Pretraining):
             groups = self.manifest.column("group")[tested]
             scores |= _accuracies(names, predicted, self.old, groups, "held-out images")
         return scores
+
+    def report(self, run: str | Path, *, out: str | Path | None = None) -> Path:
+        """The page of discovered classes."""
+        return write_discovery_report(run, out=out)
 
     def card(self, classes: list[str]) -> str:
         """The README of the model."""

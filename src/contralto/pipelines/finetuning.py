@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from contralto.data.images import decode_image
+from contralto.data.manifest import Manifest
 from contralto.encoders.features import device_of
 from contralto.encoders.image import ImageEncoder, save_encoder
 from contralto.encoders.pictures import PictureReader, picture_blocks
@@ -30,7 +31,7 @@ from contralto.pipelines.embedding import CROP
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.encoder import write_encoder_report
 from contralto.systems.base import EncoderSystem
-from contralto.systems.classifier import Classifier
+from contralto.systems.classifier import Classifier, load
 from contralto.systems.finetuning.base import FineTuning
 
 __all__ = ["FineTuningJob"]
@@ -149,7 +150,7 @@ class FineTuningJob(Pretraining):
         told: dict[str, Any] = {"pictures": len(self.rows), "tested": len(self.test_rows), "unlabelled": self.left_out}
         told |= {"seconds": self.seconds, "memory_gib": memory, "scores": scores, "files": files}
         write_json(self.out / "metrics.json", self.last_metrics() | told)
-        self.report(model)
+        self.report(self.out)
 
     def classifier(self, module: EncoderSystem) -> Classifier:
         """What a trained system leaves for use."""
@@ -192,15 +193,17 @@ class FineTuningJob(Pretraining):
         model.to("cpu")
         return np.concatenate(parts)
 
-    def report(self, model: Classifier) -> Path:
-        """The page: what the encoder now finds alike, a map, the course of the training."""
-        rows = self.test_rows if len(self.test_rows) >= 3 else self.rows
-        rows = np.sort(np.random.default_rng(self.arguments["seed"]).permutation(rows)[:SHOWN])
-        pictures = [decode_image(self.manifest.read_bytes(int(row))) for row in rows]
-        names, labels = self.manifest.class_names, self.manifest.right_labels[rows]
-        ids = [str(i) for i in self.manifest.column("id")[rows]]
-        given = [names[c] if c >= 0 else "" for c in labels]
-        return write_encoder_report(self.out, model.embed(pictures), pictures, ids, given, seed=self.arguments["seed"])
+    def report(self, run: str | Path, *, out: str | Path | None = None) -> Path:
+        """The page: what the encoder now finds alike among test pictures, a map, the course of the training."""
+        run, model, manifest = Path(run), load(run), Manifest.load(Path(run) / "manifest")
+        ids, rows = manifest.column("id").astype(str), np.arange(len(manifest))
+        if (run / "predictions.parquet").exists():
+            tested = np.flatnonzero(np.isin(ids, pq.read_table(run / "predictions.parquet").column("id").to_pylist()))
+            rows = tested if len(tested) >= 3 else rows
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:SHOWN])
+        pictures = [decode_image(manifest.read_bytes(int(row))) for row in rows]
+        given = [manifest.class_names[c] if c >= 0 else "" for c in manifest.right_labels[rows]]
+        return write_encoder_report(run, model.embed(pictures), pictures, ids[rows].tolist(), given, out=out)
 
     def card(self, model: Classifier, scores: dict[str, Any]) -> str:
         """The README of the classifier."""

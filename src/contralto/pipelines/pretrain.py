@@ -341,7 +341,11 @@ class Pretraining:
         memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}
         write_json(self.out / "metrics.json", told | self.last_metrics())
-        report_encoder(self.out)
+        self.report(self.out)
+
+    def report(self, run: str | Path, *, out: str | Path | None = None) -> Path:
+        """Write the page of a finished run, into its folder if nothing else is said."""
+        return report_encoder(run, out=out)
 
     def whole(self) -> ImageEncoder:
         """The encoder that is kept by itself."""

@@ -348,7 +348,11 @@ class RegressionJob(Pretraining):
             "memory_gib": memory, "scores": scores, "files": files,
         }  # fmt: skip
         write_json(self.out / "metrics.json", self.last_metrics() | more)
-        write_regression_report(self.out, seed=self.arguments["seed"])
+        self.report(self.out)
+
+    def report(self, run: str | Path, *, out: str | Path | None = None) -> Path:
+        """The page of what is right and what is told."""
+        return write_regression_report(run, out=out)
 
     def regressor(self, module: EncoderSystem) -> tuple[Regressor, Array]:
         """A trained system with its output or a probe, and what it tells of the test samples (N,)."""

@@ -34,7 +34,6 @@ from contralto.errors import DataError
 from contralto.evaluation.classification import accuracy_interval
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.continual import Continual, score_of
-from contralto.review.continual import write_continual_report
 from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import UNKNOWN, Predictions
 from contralto.systems.continual.base import ContinualSystem
@@ -496,7 +495,7 @@ class SpeechJob(Continual):
             },
         }  # fmt: skip
         write_json(self.out / "metrics.json", about | metrics)
-        write_continual_report(self.out)
+        self.report(self.out)
 
     def card(self, names: list[str], metrics: dict[str, Any]) -> str:
         """The README of the model."""

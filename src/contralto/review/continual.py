@@ -22,23 +22,12 @@ from contralto.review.charts import curve, share_map
 from contralto.review.report import page_assets, render, safe_json, sheets_of, shown_text, thumbnail_of
 from contralto.systems.registry import SYSTEMS
 
-__all__ = ["PROTOCOLS", "is_continual", "write_continual_report"]
+__all__ = ["PROTOCOLS", "write_continual_report"]
 
 PROTOCOLS = {"right": "class-incremental", "right_in_task": "task-incremental"}
 """Columns of the answers: whether they are right without knowing the task of a picture, and knowing it."""
 MOST = 300
 """Pictures in the page."""
-
-
-def is_continual(run: str | Path) -> bool:
-    """Whether a folder holds what a stream of tasks left.
-
-    Examples
-    --------
-    >>> is_continual("nowhere")
-    False
-    """
-    return (Path(run) / "tasks" / "task1" / "answers.parquet").is_file()
 
 
 def write_continual_report(run: str | Path, *, out: str | Path | None = None, thumbnail: int = 64) -> Path:
