@@ -391,6 +391,8 @@ def test_the_page_shows_matrices_and_what_was_forgotten(finished, tmp_path):
     items = json.loads(page.split('id="items">')[1].split("</script>")[0])
     assert len(items) == len(lost)
     assert write_continual_report(finished, out=tmp_path / "r.html").read_text() == page
+    assert main(["report", str(finished), "--out", str(tmp_path / "command.html")]) == 0
+    assert (tmp_path / "command.html").read_text() == page
     broken = tmp_path / "broken"
     shutil.copytree(finished, broken)
     (broken / "metrics.json").unlink()

@@ -358,7 +358,7 @@ def test_killed_at_random_moments_and_started_again_it_ends_the_same(colours, en
     result = subprocess.run(program, capture_output=True, text=True, timeout=900, env=os.environ)
     assert result.returncode == 0, result.stderr[-3000:]
     ends = json.loads(result.stdout.splitlines()[-1])
-    assert [end for _, end in ends].count("killed") >= 8
+    assert [end for _, end in ends].count("killed") >= 4
     assert ends[-1][1] == 0, result.stderr[-3000:]
     a, b = (load_file(r / "training" / "weights.safetensors") for r in (undisturbed, again))
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -51,6 +51,11 @@ def finished(data, tmp_path_factory):
     return get_job("core_tuning").fit(str(data), out, baseline=True, **SMALL)
 
 
+def test_the_page_is_written_again_by_the_command(finished, tmp_path):
+    assert main(["report", str(finished), "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").read_text() == (finished / "report.html").read_text()
+
+
 def test_a_run_holds_a_classifier_and_how_right_it_is(finished, data):
     whole(finished)
     metrics = json.loads((finished / "metrics.json").read_text())

@@ -49,6 +49,11 @@ def finished(table, tmp_path_factory):
     return get_job("supremix").fit(str(table), tmp_path_factory.mktemp("run") / "run", **TABLE)
 
 
+def test_the_page_is_written_again_by_the_command(finished, tmp_path):
+    assert main(["report", str(finished), "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").read_text() == (finished / "report.html").read_text()
+
+
 def test_a_run_tells_better_than_the_median_and_says_so(finished):
     whole(finished)
     metrics = json.loads((finished / "metrics.json").read_text())

@@ -70,7 +70,7 @@ def held_out(
     Examples
     --------
     >>> held = held_out([0] * 10 + [1] * 20, 0.2)
-    >>> held[:10].sum(), held[10:].sum()
+    >>> int(held[:10].sum()), int(held[10:].sum())
     (2, 4)
     """
     kind = np.asarray(kinds)
