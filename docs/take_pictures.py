@@ -1,8 +1,9 @@
 """Takes the pictures of pages that README and docs show, in headless Chromium, from a finished run of the demo.
 
-contralto demo && python docs/take_pictures.py [RUN [DISCOVERY]]   ("-" for none)
+contralto demo && python docs/take_pictures.py [RUN [DISCOVERY [REGRESSION]]]   ("-" for none)
 
-DISCOVERY: a run of `contralto fit protogcd`, as in docs/discovery.md.
+DISCOVERY, REGRESSION: runs of `contralto fit protogcd` and of `contralto fit supremix`, as in docs/discovery.md and
+docs/regression.md.
 """
 
 import re
@@ -71,7 +72,12 @@ def discovery(page: Page, run: Path) -> None:
     take(page, "discovery", "header", "#gallery")
 
 
-def main(run: Path | None, discovered: Path | None) -> None:
+def regression(page: Page, run: Path) -> None:
+    page.goto((run / "report.html").resolve().as_uri())
+    take(page, "regression", "header", "#told")
+
+
+def main(run: Path | None, discovered: Path | None, regressed: Path | None) -> None:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
@@ -81,9 +87,11 @@ def main(run: Path | None, discovered: Path | None) -> None:
             review(page, run)
         if discovered is not None:
             discovery(page, discovered)
+        if regressed is not None:
+            regression(page, regressed)
         browser.close()
 
 
 if __name__ == "__main__":
-    given = [Path(word) if word != "-" else None for word in sys.argv[1:3]]
-    main(given[0] if given else Path("runs/demo"), given[1] if len(given) > 1 else None)
+    given = [Path(word) if word != "-" else None for word in sys.argv[1:4]] or [Path("runs/demo")]
+    main(*given, *[None] * (3 - len(given)))

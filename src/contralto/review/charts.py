@@ -1,5 +1,6 @@
 """Charts as inline SVG: small functions that return markup, with attributes only (a strict policy forbids inline styles)."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -219,8 +220,7 @@ def agreement(
         return top + side - (v - low) / (high - low) * side
 
     parts = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
+    for value in _round_numbers(low, high):
         x, y = x_of(value), y_of(value)
         parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 5}" y="{y + 3:.1f}" text-anchor="end">{value:.3g}</text>')
@@ -231,5 +231,19 @@ def agreement(
     parts += [f'<circle class="dot c0" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.4"/>' for x, y in points]
     middle = left + side / 2
     parts.append(f'<text class="tick" x="{middle}" y="{top + side + 30}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<text class="tick" x="{left}" y="{top + side + 44}">{escape(y_label)}</text>')
+    turned = f'transform="rotate(-90 11 {top + side / 2})" text-anchor="middle"'
+    parts.append(f'<text class="tick" x="11" y="{top + side / 2}" {turned}>{escape(y_label)}</text>')
     return _svg(size, size, "".join(parts), label)
+
+
+def _round_numbers(low: float, high: float, most: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most so many steps.
+
+    Examples
+    --------
+    >>> _round_numbers(-92.8, 99.8)
+    [-50.0, 0.0, 50.0]
+    """
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power * most >= high - low)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -86,7 +86,7 @@ def write_regression_report(run: str | Path, *, out: str | Path | None = None, s
 def _chart(number: Any, told: Any, title: str, limits: tuple[float, float]) -> str:
     points = list(zip(number.tolist(), told.tolist(), strict=True))
     label = f"right and told, {title}"
-    return agreement(points, label=label, x_label="right", y_label="told (up)", limits=limits)
+    return agreement(points, label=label, x_label="right", y_label="told", limits=limits)
 
 
 def _curves(path: Path) -> list[dict[str, Any]]:
