@@ -54,6 +54,11 @@ def test_the_page_is_written_again_by_the_command(finished, tmp_path):
     assert (tmp_path / "r.html").read_text() == (finished / "report.html").read_text()
 
 
+def test_predict_says_what_to_use_instead(finished, table, capsys):
+    assert main(["predict", str(finished), str(table)]) == 2
+    assert "load_regressor" in capsys.readouterr().err
+
+
 def test_a_run_tells_better_than_the_median_and_says_so(finished):
     whole(finished)
     metrics = json.loads((finished / "metrics.json").read_text())

@@ -273,6 +273,11 @@ def load(folder: str | Path, *, device: str = "cpu") -> Classifier:
         )
     with naming(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "target" in config:
+            raise UsageError(
+                f"{folder} tells a number and knows no classes: use `contralto evaluate`, or load_regressor of "
+                f"contralto.pipelines.regression"
+            )
         _check_config(config)
         model = Classifier(config)
     load_weights(model, folder / "model.safetensors")
