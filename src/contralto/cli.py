@@ -270,6 +270,8 @@ def _of_job(run: Path, name: str) -> Callable[..., Any] | None:
         return None
     with naming(run / "config.json"):
         system = json.loads((run / "config.json").read_text(encoding="utf-8")).get("system")
+        if system is not None and not isinstance(system, str):
+            raise TypeError("system is no text")
     job = get_job(system) if system is not None else None
     return None if job is None or isinstance(job, type) else getattr(job, name, None)
 
