@@ -28,6 +28,16 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def score(self) -> dict[str, float | bool]:
+        """A share with its interval, as jobs write it into `metrics.json`.
+
+        Examples
+        --------
+        >>> Interval(0.5, 0.4, 0.6).score()
+        {'value': 0.5, 'low': 0.4, 'high': 0.6, 'percent': True}
+        """
+        return {"value": self.value, "low": self.low, "high": self.high, "percent": True}
+
 
 def per_class_accuracy(labels: Labels, predictions: Labels, num_classes: int) -> npt.NDArray[np.float64]:
     """Share of each class that is recognised (C,); NaN for a class without samples.

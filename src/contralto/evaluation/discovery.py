@@ -44,11 +44,7 @@ class ClusterAccuracy:
         ['accuracy', 'accuracy of old classes', 'accuracy of new classes']
         """
         named = {"accuracy": self.all, "accuracy of old classes": self.old, "accuracy of new classes": self.new}
-        return {
-            name: {"value": x.value, "low": x.low, "high": x.high, "percent": True}
-            for name, x in named.items()
-            if not np.isnan(x.value)
-        }
+        return {name: x.score() for name, x in named.items() if not np.isnan(x.value)}
 
 
 def match_clusters(truth: npt.ArrayLike, found: npt.ArrayLike) -> Labels:

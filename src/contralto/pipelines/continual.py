@@ -11,7 +11,6 @@ result.
 import hashlib
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +31,11 @@ from contralto.encoders.features import device_of
 from contralto.encoders.image import save_encoder
 from contralto.encoders.pictures import PictureReader, picture_blocks
 from contralto.errors import DataError, UsageError
-from contralto.evaluation.classification import Interval, accuracy_interval, group_numbers
+from contralto.evaluation.classification import accuracy_interval, group_numbers
 from contralto.evaluation.continual import accuracy_matrix, continual_scores, right_answers
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.embedding import CROP
+from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.continual import PROTOCOLS, write_continual_report
 from contralto.systems.base import EncoderSystem
@@ -44,7 +44,7 @@ from contralto.systems.continual.base import ContinualSystem
 from contralto.systems.registry import SYSTEMS
 from contralto.views.image import EvalView
 
-__all__ = ["Continual", "held_out", "score_of"]
+__all__ = ["Continual", "held_out"]
 
 Array = npt.NDArray[Any]
 SCORES = {
@@ -339,7 +339,7 @@ class Continual(Pretraining):
         )  # fmt: skip
         metrics = self.measures()
         model.save(self.out / "model", self.card(names, metrics))
-        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        memory = peak_memory_gib()
         told = {
             "pictures": len(self.rows), "tested": len(self.test_rows), "seconds": self.seconds, "memory_gib": memory,
             "kept": 0 if module.memory is None else len(module.memory),
@@ -365,7 +365,7 @@ class Continual(Pretraining):
             matrix = accuracy_matrix(right, self.test_tasks)
             found["matrix"][told] = [[None if math.isnan(x) else round(x, 4) for x in row] for row in matrix]
             scores = continual_scores(right, self.test_tasks, groups=self._test_groups())
-            found["scores"] |= {f"{told}: {words}": score_of(scores[name]) for name, words in self.shown.items()}
+            found["scores"] |= {f"{told}: {words}": scores[name].score() for name, words in self.shown.items()}
         names = self.class_names
         counted = np.bincount(self.test_tasks, minlength=len(self.tasks)).tolist()
         found["tasks"] = [
@@ -471,21 +471,10 @@ class Continual(Pretraining):
         scores = {}
         for told_as, answers in zip(PROTOCOLS.values(), right, strict=True):
             value = accuracy_interval(answers, labels[rows], groups=None if by_domain else groups[rows])
-            scores[f"{told_as}: accuracy"] = score_of(value)
+            scores[f"{told_as}: accuracy"] = value.score()
             for place, task in enumerate(tasks):
                 mine = of_task[rows] == place
                 if mine.any():
                     interval = accuracy_interval(answers[mine], labels[rows][mine])
-                    scores[f"{told_as}: accuracy, {task.name}"] = score_of(interval)
+                    scores[f"{told_as}: accuracy, {task.name}"] = interval.score()
         return {"scores": scores, "n": len(rows), "split": wanted}
-
-
-def score_of(found: Interval) -> dict[str, Any]:
-    """A share with its interval, as `metrics.json` has it.
-
-    Examples
-    --------
-    >>> score_of(Interval(0.5, 0.4, 0.6))
-    {'value': 0.5, 'low': 0.4, 'high': 0.6, 'percent': True}
-    """
-    return {"value": found.value, "low": found.low, "high": found.high, "percent": True}

@@ -10,7 +10,6 @@ picture), `classes.parquet`, `names.json` (for names that people give), `model/`
 import copy
 import hashlib
 import json
-import resource
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -43,6 +42,7 @@ from contralto.files import naming, write_atomically, write_json
 from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.how_many import estimate_number
 from contralto.neighbors.knn import unit_rows
+from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.discovered import CLASSES, FOUND, MAP, Discoveries, write_discovery_report
 from contralto.systems.base import EncoderSystem
@@ -428,7 +428,7 @@ class Discovery(Pretraining):
             "old_classes": len(self.old), "new_classes": len(classes) - len(self.old), "asked": self.new,
             "in_new": int((found.assigned[unlabelled] >= len(self.old)).sum()), "estimate": self.estimate,
             "numbers": found.numbers, "seconds": self.seconds,
-            "memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "scores": scores,
+            "memory_gib": peak_memory_gib(), "scores": scores,
             "files": {"class of every picture": FOUND, "names for new classes": NAMES, "model": "model"},
         }  # fmt: skip
         write_json(self.out / "metrics.json", self.last_metrics() | metrics)
@@ -468,12 +468,7 @@ class Discovery(Pretraining):
         scores = {
             "new classes": number,
             "unlabelled images in new classes": value,
-            "labelled images in their own class": {
-                "value": own.value,
-                "low": own.low,
-                "high": own.high,
-                "percent": True,
-            },
+            "labelled images in their own class": own.score(),
         }
         tested = np.setdiff1d(np.flatnonzero(self.manifest.right_labels >= 0), self.rows)
         if len(tested):
@@ -618,7 +613,7 @@ class Discovery(Pretraining):
             if found.names:
                 right = (told[clusters[part]] == names[part]).astype(float)
                 value = accuracy_interval(right, np.zeros(len(right), np.int64), groups=groups[part])
-                scores[f"right by the names that people gave, {where}"] = _share(value)
+                scores[f"right by the names that people gave, {where}"] = value.score()
         return {"scores": scores, "n": [int(inside.sum()), int(outside.sum())], "labelled": int(labelled.sum())}
 
 
@@ -634,10 +629,6 @@ def _accuracies(names: list[str], clusters: Array, old: list[str], groups: Array
     scores = {f"{name}, {where}": value for name, value in together.items()}
     # The two differ on old and new classes only; "apart" has no say on all of them at once.
     return scores | {f"{name}, matched apart, {where}": v for name, v in apart.items() if name != "accuracy"}
-
-
-def _share(value: Any) -> dict[str, Any]:
-    return {"value": value.value, "low": value.low, "high": value.high, "percent": True}
 
 
 class _Telling(Callback):

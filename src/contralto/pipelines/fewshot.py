@@ -449,10 +449,9 @@ def _scores(
     for shot in arguments["test_shots"]:
         for classifier in classifiers:
             found = few_shot_accuracy(features, labels, shot=shot, classifier=classifier, **_protocol(arguments))
-            value, low, high = found.accuracy
             words = [f"{arguments['test_way']} classes, {shot} shot{'s' * (shot > 1)}", told[classifier], more]
             name = ", ".join(w for w in words if w)
-            scores[name] = {"value": value, "low": low, "high": high, "percent": True}
+            scores[name] = found.accuracy.score()
     return scores
 
 

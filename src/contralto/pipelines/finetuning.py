@@ -8,7 +8,6 @@ The run folder holds `manifest/`, `training/` (and `baseline/`, plain cross-entr
 """
 
 import inspect
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from contralto.evaluation.classification import accuracy_interval
 from contralto.files import write_atomically, write_json
 from contralto.pipelines.continual import held_out
 from contralto.pipelines.embedding import CROP
+from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.encoder import write_encoder_report
 from contralto.systems.base import EncoderSystem
@@ -146,7 +146,7 @@ class FineTuningJob(Pretraining):
             "encoder (--image_encoder)": "encoder",
             **({"what is said of every test picture": "predictions.parquet"} if len(self.test_rows) else {}),
         }
-        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        memory = peak_memory_gib()
         told: dict[str, Any] = {"pictures": len(self.rows), "tested": len(self.test_rows), "unlabelled": self.left_out}
         told |= {"seconds": self.seconds, "memory_gib": memory, "scores": scores, "files": files}
         write_json(self.out / "metrics.json", self.last_metrics() | told)
@@ -242,8 +242,7 @@ def _shots(labels: Integers, count: int, seed: int) -> Integers:
 def _accuracies(right: npt.NDArray[np.float64], labels: Integers, groups: Any, name: str) -> dict[str, Any]:
     out = {}
     for key, macro in ((name, False), (f"{name}, mean over classes", True)):
-        value, low, high = accuracy_interval(right, labels, groups=groups, macro=macro)
-        out[key] = {"value": value, "low": low, "high": high, "percent": True}
+        out[key] = accuracy_interval(right, labels, groups=groups, macro=macro).score()
     return out
 
 

@@ -9,7 +9,6 @@ Nothing that learns sees the clean labels: `_fields` is the only door between th
 import hashlib
 import inspect
 import json
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from contralto.evaluation.classification import accuracy_interval, calibration_e
 from contralto.evaluation.noise import anchor_metrics, noise_metrics
 from contralto.evaluation.openset import open_set_curve
 from contralto.files import naming, save_array, write_atomically, write_json
-from contralto.pipelines.outputs import FREE, claim_run, model_card, write_cleaned_csv
+from contralto.pipelines.outputs import FREE, claim_run, model_card, peak_memory_gib, write_cleaned_csv
 from contralto.prototypes.correction import Correction, Verdict, flagged, probability_wrong
 from contralto.systems.classifier import Classifier
 from contralto.systems.registry import SYSTEMS
@@ -608,7 +607,7 @@ class Job:
     def _keep_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write `metrics.json` and the model card."""
         metrics["time"] = self.seconds
-        metrics["memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        metrics["memory_gib"] = peak_memory_gib()
         write_json(self.out / "metrics.json", metrics)
         self.metrics = metrics
         card = model_card(

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import unicodedata
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -15,7 +16,7 @@ import torch
 from contralto.errors import UsageError
 from contralto.files import naming, plain_json, remove_leftovers, write_atomically, write_json
 
-__all__ = ["FREE", "claim_run", "environment", "model_card", "write_cleaned_csv"]
+__all__ = ["FREE", "claim_run", "environment", "model_card", "peak_memory_gib", "write_cleaned_csv"]
 
 FREE = ("checkpoint_every", "on")
 """Arguments on which no result depends: a run may go on with other ones."""
@@ -73,6 +74,17 @@ def write_cleaned_csv(table: pa.Table, path: Path) -> None:
 def _no_formula(cell: str) -> str:
     first = unicodedata.normalize("NFKC", cell.lstrip()[:1])  # full-width signs count too
     return "'" + cell if first in ("=", "+", "-", "@") or cell[:1] in ("\t", "\r", "\n") else cell
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held so far, in GiB.
+
+    Examples
+    --------
+    >>> 0 < peak_memory_gib() < 1024
+    True
+    """
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def environment(*more: str) -> dict[str, Any]:

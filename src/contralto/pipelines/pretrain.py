@@ -7,7 +7,6 @@ The run folder holds `manifest/`, `pictures.npy` (decoded once, where that is sm
 import hashlib
 import inspect
 import json
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from contralto.encoders.image import ImageEncoder, image_encoder, save_encoder
 from contralto.errors import DataError, UsageError
 from contralto.files import naming, write_json
 from contralto.pipelines.embedding import report_encoder
-from contralto.pipelines.outputs import claim_run
+from contralto.pipelines.outputs import claim_run, peak_memory_gib
 from contralto.systems.base import EncoderSystem
 from contralto.systems.registry import get_system
 from contralto.training.fit import fit_stage
@@ -338,7 +337,7 @@ class Pretraining:
             self.out / "built.json", self.built | {"size": encoder.size, "mean": encoder.mean, "std": encoder.std}
         )
         save_encoder(encoder, self.out / "encoder")
-        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        memory = peak_memory_gib()
         told = {"pictures": len(self.rows), "seconds": self.seconds, "memory_gib": memory}
         write_json(self.out / "metrics.json", told | self.last_metrics())
         self.report(self.out)

@@ -11,7 +11,6 @@ measured on what is kept aside. The run folder holds `manifest/`, `training/`, `
 import hashlib
 import inspect
 import json
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +37,7 @@ from contralto.evaluation.regression import Probe, fit_probe, paired_errors, reg
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.continual import held_out
 from contralto.pipelines.embedding import CROP
+from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.regression import write_regression_report
 from contralto.systems.base import EncoderSystem
@@ -341,7 +341,7 @@ class RegressionJob(Pretraining):
         scores["mean absolute error of the median"] = {"value": float(middle)}
         model.save(self.out / "model")
         write_atomically(self.out / "predictions.parquet", lambda path: pq.write_table(pa.table(columns), path))
-        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        memory = peak_memory_gib()
         files = {"what is told of every test sample": "predictions.parquet", "model (load_regressor)": "model"}
         more: dict[str, Any] = {
             "learnt": len(self.rows), "tested": len(self.test_rows), "target": self.target, "seconds": self.seconds,

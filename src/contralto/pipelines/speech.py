@@ -9,7 +9,6 @@ a classifier, `model/`: what writes, for `load_speech`.
 import hashlib
 import inspect
 import json
-import resource
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,8 @@ from contralto.encoders.features import device_of
 from contralto.errors import DataError
 from contralto.evaluation.classification import accuracy_interval
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
-from contralto.pipelines.continual import Continual, score_of
+from contralto.pipelines.continual import Continual
+from contralto.pipelines.outputs import peak_memory_gib
 from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import UNKNOWN, Predictions
 from contralto.systems.continual.base import ContinualSystem
@@ -485,7 +485,7 @@ class SpeechJob(Continual):
         metrics = self.measures()
         card = self.card(self.class_names, metrics)
         write_atomically(folder / "README.md", lambda part: part.write_text(card, encoding="utf-8"))
-        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        memory = peak_memory_gib()
         about = {
             "recordings": len(self.rows), "tested": len(self.test_rows), "skipped": self.sounds.skipped.num_rows,
             "seconds": self.seconds, "memory_gib": memory, "kept": 0 if module.memory is None else len(module.memory),
@@ -589,13 +589,13 @@ class SpeechJob(Continual):
         number = {name: place for place, name in enumerate(classes)}
         labels = np.array([number.get(given[row], -1) for row in rows], np.int64)
         told = self.protocols["right"]
-        scores = {told: score_of(accuracy_interval(right, np.maximum(labels, 0), groups=groups))}
+        scores = {told: accuracy_interval(right, np.maximum(labels, 0), groups=groups).score()}
         stream = [Task(t["name"], tuple(number[c] for c in t["classes"]), np.zeros(0, np.int64)) for t in tasks]
         of_task = task_of_samples(stream, labels)
         for place, task in enumerate(tasks):
             mine = of_task == place
             if mine.any():
-                scores[f"{told}, {task['name']}"] = score_of(accuracy_interval(right[mine], labels[mine]))
+                scores[f"{told}, {task['name']}"] = accuracy_interval(right[mine], labels[mine]).score()
         wrong = float(word_error_rate(written, truth))
         scores["word error rate"] = {"value": wrong, "percent": True}
         return {"scores": scores, "n": len(rows), "split": wanted}

@@ -5,7 +5,6 @@ class: what was labelled, the surest and the least sure), `metrics.json`, and `m
 """
 
 import inspect
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from contralto.encoders.text import text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval
 from contralto.files import naming, write_atomically, write_json
-from contralto.pipelines.outputs import claim_run
+from contralto.pipelines.outputs import claim_run, peak_memory_gib
 from contralto.systems.classifier import Classifier
 from contralto.systems.zeroshot.semantics import (
     imagenet_prototypes,
@@ -387,7 +386,7 @@ class Transductive:
                 "pictures": len(found), "labelled": int(known.sum()), "found": int((~known).sum()), "classes": len(names),
                 "skipped": self.manifest.skipped.num_rows,
                 "agreement_of_views": agreement, "seconds": self.seconds,
-                "memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+                "memory_gib": peak_memory_gib(),
                 "scores": scores, "files": files,
             },
         )  # fmt: skip
@@ -495,6 +494,5 @@ class Transductive:
 def _scores(right: Array, labels: Array, groups: Array, prefix: str) -> dict[str, Any]:
     out = {}
     for told, macro in (("accuracy", False), ("mean over classes", True)):
-        value, low, high = accuracy_interval(right.astype(float), labels, groups=groups, macro=macro)
-        out[prefix + told] = {"value": value, "low": low, "high": high, "percent": True}
+        out[prefix + told] = accuracy_interval(right.astype(float), labels, groups=groups, macro=macro).score()
     return out
