@@ -44,6 +44,13 @@ os.environ["OMP_NUM_THREADS"] = (
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background: Ctrl-C is tested all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.fixture(autouse=True)
+def same_draws():
+    """What a test draws does not hang on the tests before it."""
+    torch.manual_seed(0)
+
+
 COLOURS = {"red": (200, 30, 40), "green": (30, 180, 60), "blue": (40, 60, 210)}
 
 

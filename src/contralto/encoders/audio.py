@@ -133,6 +133,7 @@ class Wav2Vec2Encoder(AudioEncoder):
         try:
             config = AutoConfig.from_pretrained(name, local_files_only=local)
             config.apply_spec_augment = False  # its masks come from a global state; `AudioView` has masks of its own
+            config.layerdrop = 0.0  # a layer that a step leaves out has no gradient, and ranks would wait for it
             if pretrained:
                 model = AutoModel.from_pretrained(name, config=config, local_files_only=local, use_safetensors=True)
             else:
