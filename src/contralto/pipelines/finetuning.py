@@ -129,7 +129,7 @@ class FineTuningJob(Pretraining):
         self.plain: FineTuning | None = None
         if self.arguments["baseline"]:
             encoder = self.encoder()
-            names = inspect.signature(FineTuning.__init__).parameters
+            names = inspect.signature(FineTuning).parameters
             given = {k: v for k, v in (self.arguments | self.facts(encoder)).items() if k in names}
             self.plain = FineTuning(encoder, **given | {"eta": 0.0})
             self.train(self.plain, self.out / "baseline")

@@ -407,7 +407,7 @@ class SpeechJob(Continual):
             "num_features": encoder.num_features, "num_samples": len(self.labels), "num_classes": len(self.class_names),
             "vocabulary": len(self.vocabulary), "length": self.length,
         }  # fmt: skip
-        names = inspect.signature(self.system.__init__).parameters
+        names = inspect.signature(self.system).parameters
         self.built = {k: v for k, v in a.items() if k in names} | facts
         self.form = LogMel(a["rate"], a["mels"]) if encoder.takes == "spectrogram" else None
         self.read = self._reader()
