@@ -158,7 +158,7 @@ class LwF(FineTuning):
     >>> batch = {"views": [torch.randn(6, 8)], "index": torch.arange(6), "label": torch.arange(6) % 2}
     >>> system.begin_task([0, 1]), system.end_task(), system.begin_task([2, 3])
     (None, None, None)
-    >>> round(float(system.step(batch | {"label": 2 + batch["label"]})["distillation"]), 4)
+    >>> round(system.step(batch | {"label": 2 + batch["label"]})["distillation"].item(), 4)
     0.0
     """
 
