@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ class Embedder:
         Trained; its encoder knows the size and normalisation of pictures.
     """
 
-    multilabel = False
+    kind: ClassVar[Literal["image"]] = "image"
 
     def __init__(self, system: EncoderSystem) -> None:
         self.system = system.eval()
@@ -75,6 +75,8 @@ class Embedder:
         raise UsageError(
             "a pretrained encoder knows no classes: use `contralto embed`, or `contralto evaluate` with labels"
         )
+
+    answers = predict
 
     def to(self, device: str) -> "Embedder":
         """Move to a device."""
