@@ -111,7 +111,7 @@ def _results(
         return iter([(_Apply(model, task, threshold).table([data], [Path(data).read_bytes()]), [])])
     gpu = on is not None and has_gpus(on)
     setup = (model, task, threshold, image_column, "cuda" if gpu else None)
-    return map_blocks(_Apply, find_blocks(data, kind=kind), on=on, setup=setup, gpu=gpu)
+    return map_blocks(_Apply, find_blocks(data, image_column=image_column, kind=kind), on=on, setup=setup, gpu=gpu)
 
 
 class _Apply:
