@@ -350,7 +350,10 @@ def read_rows(file: Any, path: str, member: Member, first: int = 0, count: int |
     >>> read_rows(buffer, "a.npz", read_members(buffer, "a.npz")["y"], 3).tolist()
     [3, 4]
     """
-    return _Stream(file, path, member, first).take(member.shape[0] - first if count is None else count)
+    count = member.shape[0] - first if count is None else count
+    if min(first, count) < 0 or first + count > member.shape[0]:
+        raise DataError(f"{member} has no entries {first} to {first + count}", file=path)
+    return _Stream(file, path, member, first).take(count)
 
 
 def as_png(pixels: Array) -> bytes:
