@@ -11,7 +11,7 @@ that may be another cluster's; here the number is carried over and every pair is
 for 768 features; here it follows their number.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from contralto.neighbors.how_many import within_variance
 from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import class_means, densities, ema_update, prototype_logits
-from contralto.prototypes.gaussian import Round, niw_prior, posterior_means, split_and_merge
+from contralto.prototypes.gaussian import Round, fitted_psi, niw_prior, posterior_means, split_and_merge
 from contralto.systems.discovery.base import Discovered, DiscoverySystem, Floats, Labels, nearest_prototypes
 
 __all__ = ["GPC", "fitted_temperature"]
@@ -80,7 +80,8 @@ class GPC(DiscoverySystem):
         Cluster and compare in so many principal directions of the unit features, found anew at each clustering; default: in all.
     kappa, nu, psi : float
         Of the prior, see `niw_prior`. `nu`: default two more than the dimensions. `psi`: 0 takes the variance within the labelled
-        classes; the found number depends on it.
+        classes; the found number depends on it. "auto", beyond the paper, takes at every clustering the value under which the
+        labelled classes would be neither split nor merged, see `fitted_psi`.
     alpha, coin, smallest
         See `split_and_merge`. With a coin the number wanders; 0 makes it repeatable and can leave it where it started.
     kmeans_restarts, kmeans_iterations : int
@@ -123,7 +124,7 @@ class GPC(DiscoverySystem):
         pca_dim: int | None = None,
         kappa: float = 1e-4,
         nu: float | None = None,
-        psi: float = 0.005,
+        psi: float | Literal["auto"] = 0.005,
         alpha: float = 1.0,
         coin: float = 0.1,
         smallest: int = 5,
@@ -197,7 +198,11 @@ class GPC(DiscoverySystem):
         """Centres (K, D) and the cluster of every row, after one round of splits and merges where these are asked for."""
         own, number = self._means(x, labels, int(torch.randint(2**31, (), generator=generator)))
         fixed = torch.from_numpy(labels)
-        prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=self.psi or within_variance(x.numpy(), labels))
+        psi = self.psi or within_variance(x.numpy(), labels)
+        if psi == "auto":
+            free = int((own >= self.num_classes).sum()), number - self.num_classes
+            psi = fitted_psi(x, fixed, kappa=self.kappa, nu=self.nu, size=free[0] / free[1] if free[1] else None)
+        prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=psi)
         if not self.estimate:
             centres = posterior_means(x, own, number, prior)
             return Round(centres, own, 0, 0)
