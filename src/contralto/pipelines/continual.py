@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +86,38 @@ def held_out(
     return held
 
 
+class Stream(NamedTuple):
+    """The tasks of a finished run, with its classes by name, whose places are the numbers in `tasks`, and its arguments."""
+
+    tasks: list[Task]
+    names: list[str]
+    arguments: dict[str, Any]
+
+    def task_of(self, labels: Array, domains: Array) -> Array:
+        """Task (N,) of samples by class, and by domain where that is what the run was cut by; -1 for none."""
+        return task_of_samples(self.tasks, labels, domains if self.arguments["split_by"] == "domain" else None)
+
+
+class Answers(NamedTuple):
+    """Whether a finished model is right on other samples: by the name of a score, with further scores, and on which samples."""
+
+    right: dict[str, Array]
+    labels: Array
+    tasks: Array
+    groups: Array
+    split: str | None
+    more: dict[str, Any]
+
+
 class Continual(Pretraining):
     """The job behind ``contralto fit`` for one system that learns task by task.
 
-    A job for something else than pictures says differently how to `ingest`, `loader`, `embed`, `ask` and `finish`.
+    A job for something else than pictures says differently how to `ingest`, `loader`, `embed`, `ask`, `finish` and `answer`.
     """
 
     things: ClassVar[str] = "pictures"
+    use: ClassVar[str] = 'predict(["a.jpg", "b.jpg"])'
+    limits: ClassVar[str] = "It names one of its classes for any picture."
     protocols: ClassVar[dict[str, str]] = PROTOCOLS
     shown: ClassVar[dict[str, str]] = SCORES
 
@@ -389,30 +414,37 @@ class Continual(Pretraining):
     def card(self, names: list[str], metrics: dict[str, Any]) -> str:
         """The README of the model."""
         lines = [
-            f"# Classifier of {len(names)} classes, learnt in {len(self.tasks)} tasks",
+            f"# {self.headline(names)}, learnt in {len(self.tasks)} tasks",
             "",
+            *self.origin(names),
+            "",
+            "    import contralto",
+            f'    contralto.load("path/to/this/folder").{self.use}',
+            "",
+            f"## After the last task, on {len(self.test_rows)} test {self.things}",
+            "",
+            "| | value | 95 % interval |",
+            "|---|---|---|",
+            *(f"| {n} | {s['value']:.1%} | {s['low']:.1%} to {s['high']:.1%} |" for n, s in metrics["scores"].items()),
+            "",
+            "## Limits",
+            "",
+            f"What was learnt first is known worst. {self.limits}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def headline(self, names: list[str]) -> str:
+        """What the model is, in a few words."""
+        return f"Classifier of {len(names)} classes"
+
+    def origin(self, names: list[str]) -> list[str]:
+        """Lines on what it knows and what it was learnt from."""
+        return [
             f"Classes: {', '.join(names)}",
             "",
             f"Learnt by {SYSTEMS[self.name].title} from {len(self.rows)} labelled pictures, one task after another; encoder "
             f"{self.arguments['image_encoder']}, input {self.module.encoder.size} px.",
-            "",
-            "    import contralto",
-            '    contralto.load("path/to/this/folder").predict(["a.jpg", "b.jpg"])',
-            "",
-            f"## After the last task, on {len(self.test_rows)} test pictures",
-            "",
-            "| | value | 95 % interval |",
-            "|---|---|---|",
         ]
-        for name, score in metrics["scores"].items():
-            lines.append(f"| {name} | {score['value']:.1%} | {score['low']:.1%} to {score['high']:.1%} |")
-        lines += [
-            "",
-            "## Limits",
-            "",
-            "What was learnt first is known worst. It names one of its classes for any picture.",
-        ]
-        return "\n".join(lines) + "\n"
 
     def evaluate(
         self,
@@ -424,15 +456,18 @@ class Continual(Pretraining):
         group_column: str | None = None,
         split: str | None = None,
     ) -> dict[str, Any]:
-        """Measure the finished model on other pictures: accuracy without knowing the task of a picture, and knowing it, by task.
+        """Measure the finished model on other samples: what is right, of all and by task.
+
+        Of pictures, not knowing the task and knowing it; of recordings, what is recognised, and how many words are wrong.
 
         Parameters
         ----------
         run : path
         data : str
-            Pictures with labels, of the classes of the run.
+            Samples with labels, of the classes of the run; or recordings with what is said.
         label_column, image_column, group_column : str, optional
-            Columns, where their names are not common ones; of a run by domains, `group_column` says the domain.
+            Columns (of recordings: `image_column`), where their names are not common ones; of a run by domains, `group_column`
+            says the domain.
         split : str, optional
             Default: `test` if there is one, else all.
 
@@ -444,37 +479,59 @@ class Continual(Pretraining):
         Raises
         ------
         DataError
-            If no picture has a label of a class that the run knows.
+            If there is nothing to measure.
         """
         run = Path(run)
         with naming(run / "metrics.json"):
             told = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["tasks"]
         with naming(run / "config.json"):
-            by_domain = json.loads((run / "config.json").read_text("utf-8"))["arguments"]["split_by"] == "domain"
+            arguments = json.loads((run / "config.json").read_text(encoding="utf-8"))["arguments"]
+        names = list(dict.fromkeys(name for t in told for name in t["classes"]))
+        tasks = [Task(t["name"], tuple(names.index(c) for c in t["classes"]), np.zeros(0, np.int64)) for t in told]
+        columns = {"label_column": label_column, "image_column": image_column, "group_column": group_column}
+        said = self.answer(run, data, split, columns, Stream(tasks, names, arguments))
+        scores, groups = {}, None if arguments["split_by"] == "domain" else said.groups
+        labels = np.maximum(said.labels, 0)
+        for name, right in said.right.items():
+            scores[name] = accuracy_interval(right, labels, groups=groups).score()
+            for place, task in enumerate(tasks):
+                mine = said.tasks == place
+                if mine.any():
+                    scores[f"{name}, {task.name}"] = accuracy_interval(right[mine], labels[mine]).score()
+        return {"scores": scores | said.more, "n": len(labels), "split": said.split}
+
+    def answer(
+        self, run: Path, data: str, split: str | None, columns: dict[str, str | None], stream: "Stream"
+    ) -> "Answers":
+        """What a finished model says of other pictures, and whether that is right.
+
+        Parameters
+        ----------
+        run, data, split
+            See `evaluate`.
+        columns : dict
+            Those that were named.
+        stream : Stream
+            Of the run.
+
+        Raises
+        ------
+        DataError
+            If no picture has a label of a class that the run knows.
+        """
         model = load(run)
-        manifest: Manifest = ingest(
-            data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
-        )
-        number = {name: c for c, name in enumerate(model.classes)}
-        of_class = np.array([*(number.get(name, -1) for name in manifest.class_names), -1], np.int64)
-        labels = of_class[manifest.right_labels]
-        tasks = [Task(t["name"], tuple(number[c] for c in t["classes"]), np.zeros(0, np.int64)) for t in told]
+        manifest: Manifest = ingest(data, image_filter=False, **columns)
+        number = {name: c for c, name in enumerate(stream.names)}
+        labels = np.array([*(number.get(n, -1) for n in manifest.class_names), -1], np.int64)[manifest.right_labels]
         groups = manifest.column("group").astype(str)
-        of_task = task_of_samples(tasks, labels, groups if by_domain else None)
+        of_task = stream.task_of(labels, groups)
         wanted, tested = manifest.split_of(split)
         rows = np.flatnonzero(tested & (of_task >= 0))
         if not len(rows):
             known = ", ".join(model.classes[:5])
             raise DataError(f"no picture has a label of a class that the run knows ({known}, ...)", file=data)
         probabilities = model.predict([manifest.read_bytes(int(r)) for r in rows]).probabilities
-        right = right_answers(probabilities, labels[rows], of_task[rows], [t.classes for t in tasks])
-        scores = {}
-        for told_as, answers in zip(PROTOCOLS.values(), right, strict=True):
-            value = accuracy_interval(answers, labels[rows], groups=None if by_domain else groups[rows])
-            scores[f"{told_as}: accuracy"] = value.score()
-            for place, task in enumerate(tasks):
-                mine = of_task[rows] == place
-                if mine.any():
-                    interval = accuracy_interval(answers[mine], labels[rows][mine])
-                    scores[f"{told_as}: accuracy, {task.name}"] = interval.score()
-        return {"scores": scores, "n": len(rows), "split": wanted}
+        probabilities = probabilities[:, [model.classes.index(name) for name in stream.names]]
+        right = right_answers(probabilities, labels[rows], of_task[rows], [t.classes for t in stream.tasks])
+        told = {f"{name}: accuracy": r for name, r in zip(PROTOCOLS.values(), right, strict=True)}
+        return Answers(told, labels[rows], of_task[rows], groups[rows], wanted, {})
