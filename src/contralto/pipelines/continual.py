@@ -8,11 +8,12 @@ and what is read off them) and `report.html`. An interrupted stream goes on wher
 result.
 """
 
+import copy
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,19 +23,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from contralto.data.canvas import CanvasDataset
+from contralto.cluster import map_blocks
+from contralto.data.canvas import CanvasDataset, as_it_is
+from contralto.data.dataset import FeatureDataset
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.tasks import Task, TaskSampler, split_by_class, split_by_domain, split_by_drift, task_of_samples
-from contralto.encoders.features import device_of
-from contralto.encoders.image import save_encoder
+from contralto.encoders.features import EncodePictures, cached_array, device_of
+from contralto.encoders.image import ImageEncoder, adapted, save_encoder
 from contralto.encoders.pictures import PictureReader, picture_blocks
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, group_numbers
 from contralto.evaluation.continual import accuracy_matrix, continual_scores, right_answers
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.embedding import CROP
+from contralto.pipelines.frozen import features_of_view, layers_behind
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.continual import PROTOCOLS, write_continual_report
@@ -42,11 +47,14 @@ from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import Classifier, load
 from contralto.systems.continual.base import ContinualSystem
 from contralto.systems.registry import SYSTEMS
+from contralto.views.batched import BatchView
 from contralto.views.image import EvalView
 
 __all__ = ["Continual", "held_out"]
 
 Array = npt.NDArray[Any]
+FEATURES = 8192
+"""Rows at a time through layers that take features."""
 SCORES = {
     "average": "accuracy, mean over tasks", "incremental": "accuracy, mean over the stream", "forgetting": "forgetting",
     "backward": "backward transfer",
@@ -131,6 +139,9 @@ class Continual(Pretraining):
         shuffle_classes: bool = True,
         drift_width: float = 0.5,
         test_share: float = 0.2,
+        frozen: bool = False,
+        variants: int = 2,
+        cache: str | None = None,
         **rest: Any,
     ) -> Path:
         """Learn labelled pictures in a stream of tasks, and measure after each what is known of all so far.
@@ -152,6 +163,13 @@ class Continual(Pretraining):
             Of "drift": deviation of the time at which a picture comes, in lengths of a task.
         test_share : float
             Share that is kept for testing where the data has no split `test`.
+        frozen : bool
+            Beyond the papers: the encoder stays as it is, its features of a few augmented views of each picture are computed
+            once, and two layers learn on them, which begin by centring those of the first task.
+        variants : int
+            With `frozen`: how many draws of each view are kept.
+        cache : str, optional
+            Where features of the frozen encoder are kept; default: in the run folder. Runs that share it compute them once.
         **rest
             Arguments of `Pretraining.fit` and of the system.
 
@@ -182,6 +200,14 @@ class Continual(Pretraining):
         DataError
             If a task has too few pictures to learn from or to test.
         """
+        a = self.arguments
+        if a["variants"] < 1:
+            raise UsageError(f"variants must be at least 1, got {a['variants']}")
+        if a["frozen"] and not (a["pretrained"] or (Path(a["image_encoder"]) / "encoder.json").is_file()):
+            raise UsageError(
+                f"--frozen needs an encoder that has learnt something: {a['image_encoder']} begins without weights. Add "
+                f"--pretrained with an encoder that has weights, such as efficientnet-lite0, or name a folder of an encoder"
+            )
         super().ingest()
         self.divide(self.manifest.right_labels, self.manifest.column("group").astype(str), *self.manifest.split_of())
 
@@ -250,6 +276,60 @@ class Continual(Pretraining):
             return split_by_drift(self.labels, a["tasks"], width=a["drift_width"], seed=a["seed"])
         return split_by_class(self.labels, a["tasks"], seed=seed)
 
+    # Features of a frozen encoder.
+
+    @property
+    def begun(self) -> ImageEncoder:
+        """The encoder as it was before the training."""
+        if not hasattr(self, "_begun"):
+            self._begun = super().encoder()
+        return self._begun
+
+    @property
+    def plain(self) -> Array:
+        """Its features (M, F) of all pictures of the manifest as they are, float16, from the disk."""
+        if not hasattr(self, "_plain"):
+            encoder, rows = self.begun, np.arange(len(self.manifest))
+            view = EvalView(encoder.size, CROP, encoder.mean, encoder.std)
+            setup = copy.deepcopy(encoder), device_of(self.arguments["accelerator"]), self.manifest.root, view
+            self._plain = self.cached(
+                "plain", {"view": repr(view)},
+                lambda: map_blocks(EncodePictures, picture_blocks(self.manifest, rows), setup=setup), len(rows),
+            )  # fmt: skip
+        return self._plain
+
+    def drawn(self, view: BatchView, variant: int) -> Array:
+        """Its features (N, F) of one drawing of a view of all pictures to learn from, likewise."""
+        encoder, seed = self.begun, self.arguments["seed"]
+        device = device_of(self.arguments["accelerator"])
+        key = {
+            "view": repr(view), "variant": variant, "seed": seed, "side": self.canvas(view.size), "rows": self.rows.tolist()
+        }  # fmt: skip
+        return self.cached(
+            "view", key,
+            lambda: features_of_view(encoder, self.dataset(view.size), view, variant, seed=seed, device=device),
+            len(self.rows),
+        )  # fmt: skip
+
+    def cached(self, name: str, key: dict[str, Any], compute: Callable[[], Iterable[Array]], count: int) -> Array:
+        """Features that are computed once, and the time that took."""
+        started = time.perf_counter()
+        key |= {"encoder": self.begun.fingerprint(), "pictures": self.manifest.fingerprint()}
+        found = cached_array(self.arguments["cache"] or self.out / "features", name, key, compute, rows=count)
+        self.seconds["features"] = round(self.seconds.get("features", 0.0) + time.perf_counter() - started, 2)
+        return found
+
+    def encoder(self, seed: int | None = None) -> ImageEncoder:
+        """What learns: the encoder, or with `frozen` the layers behind it, for which features are the input."""
+        if not self.arguments["frozen"]:
+            return super().encoder(seed)
+        return layers_behind(self.begun, self.plain[self.rows[self.tasks[0].rows]])
+
+    def whole(self) -> ImageEncoder:
+        """The encoder that is used afterwards: with what was learnt behind it."""
+        learnt = super().whole()
+        return adapted(self.begun, learnt.backbone).eval() if self.arguments["frozen"] else learnt
+
     # Training.
 
     def learn(self) -> ContinualSystem:
@@ -307,14 +387,32 @@ class Continual(Pretraining):
         """Batches of the task, and of what is kept of earlier ones."""
         return {"batch_sampler": self.sampler}
 
+    def loader(self, module: EncoderSystem) -> DataLoader[Any]:
+        """Pictures, or with `frozen` the features of their views."""
+        if not self.arguments["frozen"]:
+            return super().loader(module)
+        variants, base = self.arguments["variants"], self.begun
+        views = [  # each has drawings of its own, so that the two of a picture are never the same one
+            np.stack([self.drawn(view, number * variants + v) for v in range(variants)])
+            for number, view in enumerate(module.views(base.size, base.mean, base.std))
+        ]
+        fields = {"label": torch.from_numpy(self.labels), "replayed": self.replayed}
+        return DataLoader(
+            FeatureDataset(views, fields, seed=self.arguments["seed"]), collate_fn=as_it_is, **self.order(module)
+        )
+
     def dataset(self, size: int) -> CanvasDataset:
         """The pictures, with a field that says which of them are replayed."""
         dataset = super().dataset(size)
         dataset.fields["replayed"] = self.replayed
         return dataset
 
-    def pixels(self, module: ContinualSystem, rows: Array) -> Iterator[Tensor]:
-        """Pictures of the manifest as they are, without augmentation, in batches on the device."""
+    def inputs(self, module: ContinualSystem, rows: Array) -> Iterator[Tensor]:
+        """What the encoder takes of pictures of the manifest, without augmentation, in batches on the device."""
+        if self.arguments["frozen"]:
+            for part in np.array_split(rows, -(-len(rows) // FEATURES)):
+                yield torch.from_numpy(self.plain[part].astype(np.float32)).to(module.device)
+            return
         encoder: Any = module.encoder
         reader = PictureReader(self.manifest.root, EvalView(encoder.size, CROP, encoder.mean, encoder.std))
         for block in picture_blocks(self.manifest, rows):
@@ -324,7 +422,7 @@ class Continual(Pretraining):
         """Features (N, F) of pictures of the manifest by the encoder as it is."""
         module.eval().to(device_of(self.arguments["accelerator"]))
         with torch.inference_mode():
-            found = torch.cat([module.embed(x).float().cpu() for x in self.pixels(module, rows)])
+            found = torch.cat([module.embed(x).float().cpu() for x in self.inputs(module, rows)])
         module.cpu()
         return found
 
@@ -334,7 +432,7 @@ class Continual(Pretraining):
         rows, labels, tasks = self.test_rows[asked], self.test_labels[asked], self.test_tasks[asked]
         module.eval().to(device_of(self.arguments["accelerator"]))
         with torch.inference_mode():
-            logits = torch.cat([module.predict_logits(x).float().cpu() for x in self.pixels(module, rows)])
+            logits = torch.cat([module.predict_logits(x).float().cpu() for x in self.inputs(module, rows)])
         module.cpu()
         classes = [t.classes for t in self.tasks]
         right = right_answers(logits.numpy(), labels, tasks, classes)
@@ -359,7 +457,7 @@ class Continual(Pretraining):
         names = [self.manifest.class_names[c] for c in seen.tolist()]
         temperature = float(getattr(module, "temperature", 1.0)) if module.rule == "cosine" else 1.0
         model = Classifier.of(
-            encoder, self.arguments["image_encoder"], names, module.class_weights()[seen], rule=module.rule,
+            encoder, encoder.name, names, module.class_weights()[seen], rule=module.rule,
             temperature=temperature, crop=CROP,
         )  # fmt: skip
         metrics = self.measures()
