@@ -598,9 +598,7 @@ class Continual(Pretraining):
                     scores[f"{name}, {task.name}"] = accuracy_interval(right[mine], labels[mine]).score()
         return {"scores": scores | said.more, "n": len(labels), "split": said.split}
 
-    def answer(
-        self, run: Path, data: str, split: str | None, columns: dict[str, str | None], stream: "Stream"
-    ) -> "Answers":
+    def answer(self, run: Path, data: str, split: str | None, columns: dict[str, Any], stream: "Stream") -> "Answers":
         """What a finished model says of other pictures, and whether that is right.
 
         Parameters
