@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from contralto.data.ingest import clean_name
+from contralto.data.ingest import clean_name, label_name
 from contralto.data.sources import IMAGE_SUFFIXES, open_filesystem, read_rows
 from contralto.errors import DataError
 from contralto.files import naming
 
-__all__ = ["NumberTable", "is_table", "read_numbers"]
+__all__ = ["ClassVectors", "NumberTable", "is_table", "read_class_vectors", "read_numbers"]
 
 SUFFIXES = (".csv", ".jsonl", ".jsonl.gz", ".parquet")
 ROLES = {
@@ -27,7 +27,28 @@ ROLES = {
     "group": ("group", "subject", "patient"),
 }
 """Columns that are no inputs, by their usual names."""
+CLASS_COLUMNS = ("name", "class_name", "class", "label", "category")
+"""Columns that name a class, by their usual names."""
 MAX_COLUMNS = 10_000
+
+
+@dataclass(frozen=True)
+class ClassVectors:
+    """Numbers that describe classes, their attributes for instance.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Of the classes.
+    columns : tuple of str
+        Names of the numbers.
+    values : array (C, A) float64
+        In [0, 1]: the smallest value of a column is 0, the largest 1, so that what is there or not stays 1 or 0.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -210,6 +231,56 @@ def read_numbers(
         tuple(taken), np.array(inputs, np.float64), np.array(numbers, np.float64), ids, splits, groups, target or "",
         tuple(skipped),
     )  # fmt: skip
+
+
+def read_class_vectors(address: str) -> ClassVectors:
+    r"""Read a table with a row for each class: its name, and numbers that describe it.
+
+    Parameters
+    ----------
+    address : str
+        Path or fsspec address: .csv, .jsonl, .jsonl.gz or .parquet. The name stands in the first of the columns `CLASS_COLUMNS`
+        that is there, else in the first one; columns that hold no numbers are left out.
+
+    Raises
+    ------
+    DataError
+        Names the file, and the row: a class without a name, or one that stands twice; a cell that is empty, or no number.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.csv"
+    >>> _ = path.write_text("class,stripes,legs\nzebra,1,4\nsnake,1,0\nheron,0,2\n")
+    >>> found = read_class_vectors(str(path))
+    >>> found.names, found.columns, found.values.tolist()
+    (('zebra', 'snake', 'heron'), ('stripes', 'legs'), [[1.0, 1.0], [1.0, 0.0], [0.0, 0.5]])
+    """
+    rows = list(_rows(address))
+    if not rows:
+        raise DataError("the table has no rows", file=address)
+    there = list(dict.fromkeys(name for _, fields in rows[:1000] for name in fields))
+    key = next((n for n in CLASS_COLUMNS if n in there), there[0])
+    columns = _numeric(rows, [n for n in there if n not in (key, *CLASS_COLUMNS, *ROLES["id"])])
+    if not columns:
+        raise DataError(f"no column holds numbers beside {key!r}; there are {_told(there)}", file=address)
+    values: dict[str, list[float]] = {}
+    for row, fields in rows:
+        name = label_name(fields.get(key), address, row)
+        if name is None or name in values:
+            what = f"no class is named in column {key!r}" if name is None else f"the class {name!r} stands twice"
+            raise DataError(what, file=address, row=row)
+        values[name] = [_number(fields.get(n), n, address, row) for n in columns]
+        empty = next((n for n, v in zip(columns, values[name], strict=True) if math.isnan(v)), None)
+        if empty is not None:
+            raise DataError(f"no value of {empty!r} for the class {name!r}", file=address, row=row)
+    raw = np.array(list(values.values()), np.float64)
+    with np.errstate(over="ignore"):
+        spread = np.ptp(raw, axis=0)
+    if not np.isfinite(spread).all():
+        raise DataError(f"the numbers of {columns[int(np.argmin(np.isfinite(spread)))]!r} are too large", file=address)
+    scaled = (raw - raw.min(0)) / np.where(spread > 0, spread, 1.0)
+    return ClassVectors(tuple(values), tuple(columns), scaled)
 
 
 def _rows(address: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -103,7 +103,7 @@ def load_embedder(folder: str | Path, *, device: str = "cpu") -> Embedder:
         arguments = config["arguments"]
         encoder = image_encoder(arguments["image_encoder"], pretrained=False, size=built["size"])
         encoder.mean, encoder.std = tuple(built["mean"]), tuple(built["std"])
-        names = inspect.signature(system.__init__).parameters
+        names = inspect.signature(system).parameters
         facts = {k: v for k, v in built.items() if k in names}
         module = system(encoder, **{k: v for k, v in arguments.items() if k in names}, **facts)
     load_weights(module, folder / "training" / "weights.safetensors")

@@ -388,7 +388,7 @@ class RegressionJob(Pretraining):
         self.plain: Regression | None = None
         if a["baseline"] and self.system is not Regression and a.get("method") != "l1":
             encoder = self.encoder()
-            names = inspect.signature(Regression.__init__).parameters
+            names = inspect.signature(Regression).parameters
             given = {k: v for k, v in (a | self.facts(encoder)).items() if k in names}
             self.plain = Regression(encoder, **given)
             self.plain.learn_scale(torch.from_numpy(self.numbers))
