@@ -102,7 +102,7 @@ def test_pictures_of_turned_digits(tmp_path, capsys):
 
 @pytest.mark.data
 def test_spoken_digits(tmp_path, capsys):
-    """Two words, of speakers who are told from their names."""
+    """Two words in a folder each; names that are hostile, and a file that is broken."""
     pytest.importorskip("soundfile")
     table = pq.read_table(real("spoken_digits", "spoken_digits.parquet"))
     rows = [r for r in table.to_pylist() if r["text"] in ("two", "seven")]

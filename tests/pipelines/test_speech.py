@@ -136,10 +136,10 @@ def test_what_cannot_be_heard_is_said_and_what_was_written_stays(finished, data,
     (tmp_path / "pictures" / "red" / "a.png").write_bytes(picture((200, 30, 40), 1))
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "other.parquet")
     for words, told in [
-        ([tmp_path / "cut.wav"], "not one usable recording (1 skipped): "),
+        ([tmp_path / "cut.wav"], "not one usable recording: 1 skipped, the first "),
         ([tmp_path / "cut.wav"], "cut.wav: broken sound"),
         ([tmp_path / "a.png"], "this run takes recordings"),
-        ([tmp_path / "pictures"], "not one usable recording (0 skipped)"),
+        ([tmp_path / "pictures"], "not one usable recording: none was found"),
         ([tmp_path / "other.parquet"], "name it with --sound_column"),
         ([data, "--sound_column", "nothing"], "no column 'nothing'"),
         ([data, "--image_column", "audio"], "--image_column names images, and this run takes recordings"),
@@ -277,7 +277,7 @@ def test_class_and_text_are_written_and_judged_by_the_class(tmp_path, monkeypatc
     assert job.texts[0] == "tone low | low"
     monkeypatch.setattr(COCONUT, "write", lambda self, x, lengths, beam=None: known[: len(x)])
     model = contralto.load(tmp_path / "run")
-    known = torch.from_numpy(model.vocabulary.encode(["tone low | mid", "tone top"], length=8))
+    known = torch.from_numpy(model.vocabulary.encode(["tone low | mid", "tone top"], length=5))
     said = model.answers([recording(300, 0), recording(700, 0)])
     assert {name: c.to_pylist() for name, c in said.items()} == {
         "text": ["tone low | mid", "tone top"], "intent": ["tone low", "tone top"], "confidence": said["confidence"].to_pylist(),
