@@ -252,7 +252,7 @@ def bright(tmp_path_factory):
     return path
 
 
-def test_pictures_with_a_number_column(bright, tmp_path, capsys):
+def test_pictures_with_a_number_column(bright, table, tmp_path, capsys):
     run = get_job("supremix").fit(str(bright), tmp_path / "run", **PICTURES)
     whole(run)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -284,6 +284,11 @@ def test_pictures_with_a_number_column(bright, tmp_path, capsys):
     assert main(["embed", str(run), str(tmp_path / "one.png"), "--out", str(tmp_path / "e.parquet"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["width"] == model.config["num_features"]
     assert main(["predict", str(run), str(tmp_path / "one.png"), "--out", str(tmp_path / "p.parquet")]) == 0
+    capsys.readouterr()
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    for data, told in ((table, "no column with images was found among"), (tmp_path / "a.wav", "this run takes images")):
+        assert main(["predict", str(run), str(data), "--out", str(tmp_path / "p.parquet")]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_said(table, bright, tmp_path):
