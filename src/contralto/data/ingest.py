@@ -196,7 +196,7 @@ def ingest(
     tables: list[pa.Table] = []
     columns: dict[str, None] = {}
     seen = 0
-    for table, names in map_blocks(look, find_blocks(str(address)), on=on):
+    for table, names in map_blocks(look, find_blocks(str(address), image_column=image_column), on=on):
         tables.append(table)
         columns |= dict.fromkeys(names)
         if left_out is not None:
@@ -423,7 +423,8 @@ def _table(rows: pa.Table, roles: dict[str, list[str]], given: list[int], clean:
         text = ". ".join(_as_text(fields[c]) for c in roles["text"] if fields.get(c))
         texts.append(clean_name(text, max_text))
         splits.append(clean_name(_value(fields, roles["split"]) or "train"))
-        groups.append(clean_name(_value(fields, roles["group"]) or ""))
+        group = _value(fields, roles["group"])
+        groups.append(clean_name("" if group is None else group))  # 0 is a group like any other
     sha256 = rows.column("sha256").to_numpy(zero_copy_only=False).astype(str)
     phash = rows.column("phash").to_numpy()
     told: dict[str, Any] = {

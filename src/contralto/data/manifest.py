@@ -10,9 +10,9 @@ column                  type       meaning
 `index`                 int64      0 .. N-1, the row; every dataset yields it; per-sample state is kept under it
 `id`                    string     stable name, unique, never a path that may be opened
 `source`                string     file or address that holds the bytes, relative to `root` where it can be
-`container`             string     "file" (whole file), "tar" (a member), "parquet" (a cell)
-`member`                string     name inside a tar, or column of a Parquet file; "" otherwise
-`offset`                int64      first byte in a tar; row in a Parquet file; 0 for a file
+`container`             string     "file" (whole file), "tar" (a member), "parquet" (a cell), "arrays" (an entry)
+`member`                string     name inside a tar or an archive of arrays, or column of a Parquet file; "" otherwise
+`offset`                int64      first byte in a tar; row in a Parquet file or an array; 0 for a file
 `length`                int64      number of bytes
 `width`, `height`       int32      pixels, after EXIF rotation
 `format`                string     "JPEG", "PNG", ... as found in the bytes, whatever the name says

@@ -8,13 +8,15 @@ form               what it looks like
 `tar`              WebDataset or img2dataset tars (`key.jpg`, `key.txt`, `key.json`, `key.cls`), through an index of their headers
 `parquet`          columns with image bytes (or `{bytes, path}`), or with paths
 `table`            CSV or JSON lines (`.jsonl`, `.jsonl.gz`) with paths
+`arrays`           NumPy archives (`.npz`): an array of pictures, arrays of labels and the like (`data.arrays`)
 =================  ====================================================================================================
 
 Any fsspec address works in place of a local path. Nothing is extracted, nothing is unpickled, no member or path may leave
 the root; what is refused comes out as a `Record` with a `problem`, so that it is counted and listed.
 
-Data are read in blocks (`find_blocks`, `read_block`): a tar, some row groups of a Parquet file, some files, some rows of a table.
-A block says where pictures are and holds none of their bytes, so any process that reaches the address can read it by itself.
+Data are read in blocks (`find_blocks`, `read_block`): a tar, some row groups of a Parquet file, some files, some rows of a table
+or of an array. A block says where pictures are and holds none of their bytes, so any process that reaches the address can read it
+by itself.
 """
 
 import csv
@@ -36,6 +38,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from contralto.data.arrays import BoundedFile, Member, as_png, find_pictures, read_members, read_pictures
+from contralto.data.arrays import read_rows as read_array
 from contralto.errors import DataError
 
 __all__ = [
@@ -90,14 +94,14 @@ class Block:
     ----------
     address : str
         Of the data, as the user gave it.
-    form : {"files", "tar", "parquet", "table"}
+    form : {"files", "tar", "parquet", "table", "arrays"}
     path : str
-        The tar, Parquet file or table; "" for files.
+        The tar, Parquet file, table or archive of arrays; "" for files.
     first : int
         Row of the first picture in it.
     items : tuple
         What of it: numbers of row groups (of no groups: all of them); for files their paths with side files, class, row and
-        metadata; for a table its rows.
+        metadata; for a table its rows; of an archive the array of pictures, and how many of them.
     kind : {"image", "sound"}
         What is looked for.
     """
@@ -127,13 +131,15 @@ def detect_form(address: str, kind: Kind = "image") -> str:
             ("tar", (".tar",)),
             ("parquet", (".parquet",)),
             ("table", (".csv", ".jsonl", ".jsonl.gz")),
+            ("arrays", (".npz",)),
         ):
             if name.endswith(suffixes):
                 return form
         if name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             raise DataError("a compressed tar has no random access: unpack it to a plain .tar first", file=address)
         raise DataError(
-            "this kind of file is not known: expected .tar, .parquet, .csv, .jsonl, .jsonl.gz or a folder", file=address
+            "this kind of file is not known: expected .tar, .parquet, .csv, .jsonl, .jsonl.gz, .npz or a folder",
+            file=address,
         )
     entries = fs.ls(root, detail=True)
     files = [e["name"].lower() for e in entries if e["type"] == "file"]
@@ -146,11 +152,13 @@ def detect_form(address: str, kind: Kind = "image") -> str:
         return "parquet"
     if folders or any(f.endswith(SUFFIXES[kind]) for f in files):
         return "folder"
+    if any(f.endswith(".npz") for f in files):
+        return "arrays"
     tables = [f for f in files if f.endswith((".csv", ".jsonl", ".jsonl.gz"))]
     if len(tables) == 1:
         return "table"
     raise DataError(
-        "nothing here is known: expected a folder per class, .tar or .parquet files, numbered shards, or one .csv/.jsonl",
+        "nothing here is known: expected a folder per class, .tar, .parquet or .npz files, numbered shards, or one .csv/.jsonl",
         file=address,
     )
 
@@ -165,7 +173,7 @@ def read_records(
     address : str
         Path or fsspec address.
     image_column : str, optional
-        Column with bytes or paths, for tables.
+        Column with bytes or paths, for tables; array of pictures, for archives.
     allow_outside : bool
         Let a table name files outside its own folder.
     kind : {"image", "sound"}
@@ -176,11 +184,13 @@ def read_records(
     Record
         With `problem` set where something is refused.
     """
-    for block in find_blocks(address, kind=kind):
+    for block in find_blocks(address, image_column=image_column, kind=kind):
         yield from read_block(block, image_column=image_column, allow_outside=allow_outside)
 
 
-def find_blocks(address: str, *, rows: int | None = None, kind: Kind = "image") -> Iterator[Block]:
+def find_blocks(
+    address: str, *, rows: int | None = None, image_column: str | None = None, kind: Kind = "image"
+) -> Iterator[Block]:
     """The parts of the data at an address, in the order of reading; folders are listed and tables read on the way.
 
     Parameters
@@ -188,7 +198,10 @@ def find_blocks(address: str, *, rows: int | None = None, kind: Kind = "image") 
     address : str
         Path or fsspec address.
     rows : int, optional
-        About so many pictures in a block, 1000 by default; a tar is one block, and no row group of a Parquet file is split.
+        About so many pictures in a block, 1000 by default; a tar is one block, as is a packed array, and no row group of a
+        Parquet file is split.
+    image_column : str, optional
+        Array of pictures, for archives.
     kind : {"image", "sound"}
         What is looked for.
 
@@ -208,6 +221,9 @@ def find_blocks(address: str, *, rows: int | None = None, kind: Kind = "image") 
     elif form == "parquet":
         for path in _files(fs, root, (".parquet",)):
             yield from _group_blocks(fs, address, path, rows, kind)
+    elif form == "arrays":
+        for path in _files(fs, root, (".npz",)):
+            yield from _array_blocks(fs, address, path, rows, image_column, kind)
     else:
         for path in _files(fs, root, (".csv", ".jsonl", ".jsonl.gz")):
             for part in _parts(read_rows(fs, path), rows):
@@ -236,6 +252,8 @@ def read_block(block: Block, *, image_column: str | None = None, allow_outside: 
         yield from _tar(fs, root, block.path, block.kind)
     elif block.form == "parquet":
         yield from _parquet(fs, root, block, image_column, allow_outside)
+    elif block.form == "arrays":
+        yield from _arrays(fs, root, block)
     else:
         yield from _table(fs, block, image_column, allow_outside)
 
@@ -272,18 +290,6 @@ def root_of(address: str) -> str:
     return str(fs.unstrip_protocol(folder)) if not _is_local(fs) else folder
 
 
-class _Bounded:
-    """A file from which no header can ask for more than `MAX_SIDE_FILE` at once."""
-
-    def __init__(self, file: Any) -> None:
-        self.seek, self.tell, self._read = file.seek, file.tell, file.read
-
-    def read(self, size: int) -> bytes:
-        if size > MAX_SIDE_FILE:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return bytes(self._read(size))
-
-
 class ByteReader:
     """Random access to the bytes that a manifest points at.
 
@@ -294,7 +300,8 @@ class ByteReader:
 
     Notes
     -----
-    Keeps no open file, so it may be copied to worker processes. The last few row groups of Parquet files are kept in memory.
+    Keeps no open file, so it may be copied to worker processes. The last few row groups of Parquet files and
+    packed arrays are kept in memory.
     """
 
     def __init__(self, root: str) -> None:
@@ -302,6 +309,7 @@ class ByteReader:
         fs, folder = open_filesystem(root)
         self._folder = folder if _is_local(fs) else None
         self._groups: OrderedDict[tuple[str, str, int], Any] = OrderedDict()
+        self._arrays: OrderedDict[tuple[str, str], tuple[Member, Any]] = OrderedDict()
         self._starts: dict[str, list[int]] = {}
 
     def read(self, source: str, container: str, member: str, offset: int, length: int) -> bytes:
@@ -314,7 +322,7 @@ class ByteReader:
         """
         local = self._folder is not None and "://" not in source
         try:
-            if local and container != "parquet":  # opened without fsspec, which costs more than the read
+            if local and container in ("file", "tar"):  # opened without fsspec, which costs more than the read
                 path = source if _is_absolute(source) else posixpath.join(str(self._folder), source)
                 with Path(path).open("rb", buffering=0) as file:
                     file.seek(offset)
@@ -332,6 +340,8 @@ class ByteReader:
         path = source if _is_absolute(source) else posixpath.join(root, source)
         if container == "parquet":
             return self._cell(fs, path, member, offset)
+        if container == "arrays":
+            return self._entry(fs, path, member, offset)
         with fs.open(path, "rb") as file:
             file.seek(offset)
             return bytes(file.read(length))
@@ -358,6 +368,20 @@ class ByteReader:
         self._groups.move_to_end(key)
         value = self._groups[key][row - starts[group]].as_py()
         return bytes(value["bytes"] if isinstance(value, dict) else value)
+
+    def _entry(self, fs: Any, path: str, name: str, row: int) -> bytes:
+        key = (path, name)
+        with fs.open(path, "rb") as file:
+            if key not in self._arrays:
+                found = next(p.member for p in find_pictures(read_members(file, path), path, name))
+                self._arrays[key] = found, read_array(file, path, found) if found.packed else None
+                while len(self._arrays) > 4:
+                    self._arrays.popitem(last=False)
+            self._arrays.move_to_end(key)
+            member, whole = self._arrays[key]
+            if row >= member.shape[0]:
+                raise DataError(f"has changed: array {name!r} has {member.shape[0]} entries", file=path, row=row)
+            return as_png(read_array(file, path, member, row, 1)[0] if whole is None else whole[row])
 
 
 def open_filesystem(address: str) -> tuple[Any, str]:
@@ -503,7 +527,7 @@ def _tar(fs: Any, root: str, path: str, kind: Kind) -> Iterator[Record]:
     base = posixpath.dirname(path) if fs.isfile(root) else root
     source = _relative(path, base)
     with fs.open(path, "rb") as file:
-        bounded: Any = _Bounded(file)
+        bounded: Any = BoundedFile(file, tarfile.ReadError)
         try:
             archive = tarfile.open(fileobj=bounded, mode="r:")  # noqa: SIM115 (closed with the file)
         except tarfile.TarError as error:
@@ -626,6 +650,26 @@ def _parquet(fs: Any, root: str, block: Block, image_column: str | None, allow_o
                 raise
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise DataError(f"is damaged: {error}"[:200], file=path, row=row) from error
+
+
+def _array_blocks(fs: Any, address: str, path: str, rows: int, image_column: str | None, kind: Kind) -> Iterator[Block]:
+    if kind != "image":
+        raise DataError(f"arrays are read as pictures, not as {kind}s", file=path)
+    with fs.open(path, "rb") as file:
+        found = find_pictures(read_members(file, path), path, image_column)
+    for pictures in found:
+        count = len(pictures) if pictures.packed else rows
+        for first in range(0, len(pictures), count):
+            yield Block(address, "arrays", path, first, (pictures.member.name, count), kind)
+
+
+def _arrays(fs: Any, root: str, block: Block) -> Iterator[Record]:
+    name, count = block.items
+    source = _relative(block.path, posixpath.dirname(block.path) if fs.isfile(root) else root)
+    with fs.open(block.path, "rb") as file:
+        (pictures,) = find_pictures(read_members(file, block.path), block.path, name)
+        for row, pixels, fields in read_pictures(file, block.path, pictures, block.first, count):
+            yield Record(f"{source}/{name}#{row}", source, "arrays", name, row, as_png(pixels), fields, row)
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, path: str, kind: Kind) -> str:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from contralto.data.ingest import clean_name
+from contralto.data.ingest import clean_name, label_name
 from contralto.data.sources import IMAGE_SUFFIXES, open_filesystem, read_rows
 from contralto.errors import DataError
 from contralto.files import naming
 
-__all__ = ["NumberTable", "is_table", "read_numbers"]
+__all__ = ["ClassVectors", "NumberTable", "is_table", "read_class_vectors", "read_numbers"]
 
 SUFFIXES = (".csv", ".jsonl", ".jsonl.gz", ".parquet")
 ROLES = {
@@ -27,7 +27,28 @@ ROLES = {
     "group": ("group", "subject", "patient"),
 }
 """Columns that are no inputs, by their usual names."""
+CLASS_COLUMNS = ("name", "class_name", "class", "label", "category")
+"""Columns that name a class, by their usual names."""
 MAX_COLUMNS = 10_000
+
+
+@dataclass(frozen=True)
+class ClassVectors:
+    """Numbers that describe classes, their attributes for instance.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Of the classes.
+    columns : tuple of str
+        Names of the numbers.
+    values : array (C, A) float64
+        In [0, 1]: the smallest value of a column is 0, the largest 1, so that what is there or not stays 1 or 0.
+    """
+
+    names: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -40,11 +61,11 @@ class NumberTable:
         Names of the inputs.
     inputs : array (N, F) float64
     numbers : array (N,) float64
-        NaN where there is none: rows of which the number is not known can be told, but not learnt from.
+        NaN where they are not known: such rows can be told, but not learnt from.
     ids, splits, groups : arrays (N,) of str
         "" where the table has none.
     target : str
-        Name of the column of the numbers.
+        Name of the column of the numbers; "" where they are not known.
     skipped : tuple of (int, str)
         Rows that were left out, with the reason.
     """
@@ -128,13 +149,12 @@ def is_table(address: str) -> bool:
 
 def read_numbers(
     address: str,
-    target: str,
+    target: str | None,
     *,
     columns: Sequence[str] | None = None,
     id_column: str | None = None,
     split_column: str | None = None,
     group_column: str | None = None,
-    known: bool = True,
 ) -> NumberTable:
     r"""Read a table of numbers.
 
@@ -142,14 +162,12 @@ def read_numbers(
     ----------
     address : str
         Path or fsspec address: .csv, .jsonl, .jsonl.gz or .parquet.
-    target : str
-        Column of the number that is to be told.
+    target : str or None
+        Column of the number that is to be told; a row without it is left out. None: the numbers are not known.
     columns : sequence of str, optional
         The inputs; default: every other column that holds numbers, but for those of ids, splits and groups.
     id_column, split_column, group_column : str, optional
         Columns, where their names are not common ones.
-    known : bool
-        Every row must have its number: one without is left out. `False` keeps it.
 
     Returns
     -------
@@ -179,22 +197,24 @@ def read_numbers(
         if given is not None and given not in names:
             raise DataError(f"there is no column {given!r} for the {role}; there are {_told(names)}", file=address)
         roles[role] = given or next((n for n in ROLES[role] if n in names and n != target), None)
-    if known and target not in names:
+    if target is not None and target not in names:
         raise DataError(f"there is no column {target!r}; there are {_told(names)}", file=address)
     for name in columns or ():
         if name not in names or name == target:
-            raise DataError(
-                f"there is no column {name!r} to learn from beside {target!r}; there are {_told(names)}", file=address
-            )
+            told = "" if target is None else f" to learn from beside {target!r}"
+            raise DataError(f"there is no column {name!r}{told}; there are {_told(names)}", file=address)
     taken = list(columns) if columns else _numeric(rows, [n for n in names if n not in (target, *roles.values())])
     if not taken:
-        raise DataError(f"no column holds numbers beside {target!r}; there are {_told(names)}", file=address)
+        raise DataError(
+            f"no column holds numbers{'' if target is None else f' beside {target!r}'}; there are {_told(names)}",
+            file=address,
+        )
     inputs, numbers, words, places, skipped = [], [], [], [], []
     for row, fields in rows:
         cells = [_number(fields.get(n), n, address, row) for n in taken]
-        number = _number(fields.get(target), target, address, row)
+        number = math.nan if target is None else _number(fields.get(target), target, address, row)
         empty = [n for n, c in zip(taken, cells, strict=True) if math.isnan(c)]
-        if not empty and known and math.isnan(number):
+        if not empty and target is not None and math.isnan(number):
             empty = [target]
         if empty:
             skipped.append((row, f"no value of {empty[0]!r}"))
@@ -208,16 +228,66 @@ def read_numbers(
     ids, splits, groups = np.array(words, dtype=np.str_).T
     ids = np.where(ids == "", places, ids)
     return NumberTable(
-        tuple(taken), np.array(inputs, np.float64), np.array(numbers, np.float64), ids, splits, groups, target,
+        tuple(taken), np.array(inputs, np.float64), np.array(numbers, np.float64), ids, splits, groups, target or "",
         tuple(skipped),
     )  # fmt: skip
 
 
+def read_class_vectors(address: str) -> ClassVectors:
+    r"""Read a table with a row for each class: its name, and numbers that describe it.
+
+    Parameters
+    ----------
+    address : str
+        Path or fsspec address: .csv, .jsonl, .jsonl.gz or .parquet. The name stands in the first of the columns `CLASS_COLUMNS`
+        that is there, else in the first one; columns that hold no numbers are left out.
+
+    Raises
+    ------
+    DataError
+        Names the file, and the row: a class without a name, or one that stands twice; a cell that is empty, or no number.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.csv"
+    >>> _ = path.write_text("class,stripes,legs\nzebra,1,4\nsnake,1,0\nheron,0,2\n")
+    >>> found = read_class_vectors(str(path))
+    >>> found.names, found.columns, found.values.tolist()
+    (('zebra', 'snake', 'heron'), ('stripes', 'legs'), [[1.0, 1.0], [1.0, 0.0], [0.0, 0.5]])
+    """
+    rows = list(_rows(address))
+    if not rows:
+        raise DataError("the table has no rows", file=address)
+    there = list(dict.fromkeys(name for _, fields in rows[:1000] for name in fields))
+    key = next((n for n in CLASS_COLUMNS if n in there), there[0])
+    columns = _numeric(rows, [n for n in there if n not in (key, *CLASS_COLUMNS, *ROLES["id"])])
+    if not columns:
+        raise DataError(f"no column holds numbers beside {key!r}; there are {_told(there)}", file=address)
+    values: dict[str, list[float]] = {}
+    for row, fields in rows:
+        name = label_name(fields.get(key), address, row)
+        if name is None or name in values:
+            what = f"no class is named in column {key!r}" if name is None else f"the class {name!r} stands twice"
+            raise DataError(what, file=address, row=row)
+        values[name] = [_number(fields.get(n), n, address, row) for n in columns]
+        empty = next((n for n, v in zip(columns, values[name], strict=True) if math.isnan(v)), None)
+        if empty is not None:
+            raise DataError(f"no value of {empty!r} for the class {name!r}", file=address, row=row)
+    raw = np.array(list(values.values()), np.float64)
+    with np.errstate(over="ignore"):
+        spread = np.ptp(raw, axis=0)
+    if not np.isfinite(spread).all():
+        raise DataError(f"the numbers of {columns[int(np.argmin(np.isfinite(spread)))]!r} are too large", file=address)
+    scaled = (raw - raw.min(0)) / np.where(spread > 0, spread, 1.0)
+    return ClassVectors(tuple(values), tuple(columns), scaled)
+
+
 def _rows(address: str) -> Iterator[tuple[int, dict[str, Any]]]:
     fs, path = open_filesystem(str(address))
-    if not fs.isfile(path):
+    if not fs.exists(path):
         raise DataError("there is no such file", file=str(address))
-    if not path.lower().endswith(SUFFIXES):
+    if not fs.isfile(path) or not path.lower().endswith(SUFFIXES):
         raise DataError(f"a table of numbers is {', '.join(SUFFIXES)}", file=str(address))
     if path.lower().endswith(".parquet"):
         with fs.open(path, "rb") as file:

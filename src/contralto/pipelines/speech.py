@@ -97,16 +97,24 @@ class SpeechModel:
         What comes later in a recording is not heard.
     form : LogMel, optional
         Of spectrograms; None for an encoder of waves.
+    target : {"text", "label", "label_text"}
+        What it learnt to write.
     """
 
     def __init__(
-        self, system: COCONUT, vocabulary: Vocabulary, *, rate: int, seconds: float, form: LogMel | None
+        self,
+        system: COCONUT,
+        vocabulary: Vocabulary,
+        *,
+        rate: int,
+        seconds: float,
+        form: LogMel | None,
+        target: Target = "text",
     ) -> None:
         self.system, self.vocabulary = system.eval(), vocabulary
-        self.rate, self.seconds, self.form = rate, seconds, form
+        self.rate, self.seconds, self.form, self.target = rate, seconds, form, target
 
     kind: ClassVar[Kind] = "sound"
-    multilabel: ClassVar[bool] = False
 
     def decode(self, data: bytes) -> npt.NDArray[np.float32]:
         """The samples (T,) of an encoded recording, as the model takes them.
@@ -159,6 +167,14 @@ class SpeechModel:
         probabilities = torch.cat(sure).numpy() if sure else np.zeros(0, np.float32)
         told = [t if p >= threshold else UNKNOWN for t, p in zip(texts, probabilities, strict=True)]
         return Predictions(told, probabilities[:, None])
+
+    def answers(self, sounds: Sequence[Sound], *, threshold: float = 0.0) -> dict[str, pa.Array]:
+        """What `predict` says, as columns: `text`, the `intent` in it where names of classes are written, and `confidence`."""
+        found = self.predict(sounds, threshold=threshold)
+        columns = {"text": pa.array(list(found), pa.string())}
+        if self.target != "text":
+            columns["intent"] = pa.array(intents(found, type(self.vocabulary)), pa.string())
+        return columns | {"confidence": pa.array(found.probabilities[:, 0])}
 
     @torch.inference_mode()
     def embed(self, sounds: Sequence[Sound]) -> npt.NDArray[np.float32]:
@@ -218,7 +234,8 @@ def load_speech(run: str | Path, *, device: str = "cpu") -> SpeechModel:
         system = get_system(told["system"])(encoder, **told["arguments"])
     load_weights(system, folder / "weights.safetensors")
     form = LogMel(told["rate"], told["mels"]) if encoder.takes == "spectrogram" else None
-    return SpeechModel(system.to(device), vocabulary, rate=told["rate"], seconds=told["seconds"], form=form)
+    about = {k: told[k] for k in ("rate", "seconds", "target")}
+    return SpeechModel(system.to(device), vocabulary, form=form, **about)
 
 
 def _encoder(name: str, mels: int, width: int, *, pretrained: bool, seed: int) -> AudioEncoder:
@@ -407,7 +424,7 @@ class SpeechJob(Continual):
             "num_features": encoder.num_features, "num_samples": len(self.labels), "num_classes": len(self.class_names),
             "vocabulary": len(self.vocabulary), "length": self.length,
         }  # fmt: skip
-        names = inspect.signature(self.system.__init__).parameters
+        names = inspect.signature(self.system).parameters
         self.built = {k: v for k, v in a.items() if k in names} | facts
         self.form = LogMel(a["rate"], a["mels"]) if encoder.takes == "spectrogram" else None
         self.read = self._reader()
@@ -467,7 +484,8 @@ class SpeechJob(Continual):
 
     def _model(self, module: COCONUT) -> SpeechModel:
         a = self.arguments
-        return SpeechModel(module, self.vocabulary, rate=a["rate"], seconds=a["seconds"], form=self.form)
+        about = {k: a[k] for k in ("rate", "seconds", "target")}
+        return SpeechModel(module, self.vocabulary, form=self.form, **about)
 
     # What comes out.
 

@@ -1,4 +1,4 @@
-"""Classes for all unlabelled pictures at once, from a few labels per class or from the names of the classes (`systems.zeroshot`).
+"""Classes for all unlabelled pictures at once, from a few labels, or from names or attributes of classes (`systems.zeroshot`).
 
 The run folder holds `manifest/`, `features/`, `labels.parquet` (id, given, found, confidence, seen), `labels.png` (a row per
 class: what was labelled, the surest and the least sure), `metrics.json`, and `model/` where the first view is that of an encoder.
@@ -25,6 +25,7 @@ from contralto.data.definitions import ClassText, class_text, fill_definitions, 
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
 from contralto.data.manifest import ClassInfo, Manifest
+from contralto.data.tables import ClassVectors, read_class_vectors
 from contralto.encoders.described import DESCRIPTIONS, describe
 from contralto.encoders.features import EncodePictures, cached_array, device_of
 from contralto.encoders.image import image_encoder
@@ -36,6 +37,8 @@ from contralto.files import naming, write_atomically, write_json
 from contralto.pipelines.outputs import claim_run, peak_memory_gib
 from contralto.systems.classifier import Classifier
 from contralto.systems.zeroshot.semantics import (
+    attribute_probabilities,
+    direct_attribute_prediction,
     imagenet_prototypes,
     imagenet_words,
     nearest_prototype,
@@ -87,6 +90,7 @@ class Transductive:
         reduce: int | None = None,
         shots: int | None = None,
         definitions: str | None = None,
+        attributes: str | None = None,
         text_encoder: str = "minilm",
         class_text: ClassText = "name",
         image_size: int | None = None,
@@ -128,6 +132,10 @@ class Transductive:
             Zero-shot: a definitions file that names the classes to find. Labelled pictures of other classes are what the meaning
             of pictures is learnt from; without any, it is told by the 1,000 ImageNet classes that "efficientnet-lite0" knows,
             which must then be the first view.
+        attributes : str, optional
+            Zero-shot: a table with a row per class, its name and numbers that describe it (`data.tables.read_class_vectors`). A
+            ridge regression learns them from labelled pictures of other classes, and they are one more view. Without
+            `definitions`, the classes to find are those of the table that no labelled picture shows.
         text_encoder : str
             Of the names and definitions.
         class_text : {"name+definition", "definition", "name"}
@@ -187,8 +195,9 @@ class Transductive:
             raise UsageError(f"reduce must be at least 1, got {a['reduce']}")
         if a["side"] < 4:
             raise UsageError(f"side must be at least 4 pixels, got {a['side']}")
-        if a["shots"] is not None and a["shots"] < (0 if a["definitions"] else 1):
-            raise UsageError(f"shots must be at least 1 (0 with definitions), got {a['shots']}")
+        self.described = a["definitions"] is not None or a["attributes"] is not None
+        if a["shots"] is not None and a["shots"] < (0 if self.described else 1):
+            raise UsageError(f"shots must be at least 1 (0 with definitions or attributes), got {a['shots']}")
         self.data, self.out, self.progress = data, out, progress
         self.console = Console(stderr=True, quiet=not progress)
         claim_run(out, self.name, data, dict(sorted(a.items())))
@@ -214,10 +223,14 @@ class Transductive:
             part.rename(folder)
         self.manifest = Manifest.load(folder)
         names, truth = np.array(self.manifest.class_names, dtype=object), self.manifest.right_labels
-        if a["definitions"] is None:
-            self.classes = [ClassInfo(n) for n in names]
-        else:
+        self.attributes = None if a["attributes"] is None else read_class_vectors(a["attributes"])
+        if a["definitions"] is not None:
             self.classes = list(fill_definitions(load_definitions(a["definitions"]))[0])
+        elif self.attributes is not None:
+            shown = set(names[truth[(truth >= 0) & (self.manifest.column("split") != "test")]])
+            self.classes = [ClassInfo(n) for n in self.attributes.names if n not in shown]
+        else:
+            self.classes = [ClassInfo(n) for n in names]
         number = {c.name: i for i, c in enumerate(self.classes)}
         ours = np.array([number.get(n, -1) for n in names] + [-1], np.int64)  # the last one for what has no label
         auxiliary = (truth >= 0) & (ours[truth] < 0)
@@ -229,11 +242,12 @@ class Transductive:
         if len(self.classes) < 2 or not asked or len(self.rows) < 2:
             raise DataError(
                 f"there are {len(self.classes)} classes and {asked} pictures without a label: at least two and one are needed "
-                f"(name the column of labels with --label_column, or hide labels with --shots)",
+                f"(name the column of labels with --label_column, hide labels with --shots, or name the classes to find with "
+                f"--definitions)",
                 file=self.data,
             )
         without = [c.name for i, c in enumerate(self.classes) if i not in self.seen]
-        if a["definitions"] is None and without:
+        if not self.described and without:
             raise DataError(f"no picture of {without[0]!r} has a label that may be seen; give one", file=self.data)
         told = f", {len(self.auxiliary)} pictures of other classes" if len(self.auxiliary) else ""
         self.console.print(
@@ -261,7 +275,10 @@ class Transductive:
             self.console.print(f"[bold]view[/bold]  {name}", highlight=False)
             views.append(self._standardised(self.view(name)))
         prototypes: list[Array | None] = [None] * len(views)
+        self.baselines: dict[str, npt.NDArray[np.int64]] = {}
         words = [] if self.arguments["definitions"] is None else [self._words(views, prototypes)]
+        if self.attributes is not None:
+            words.append(self._attributes(self.attributes, views[0], prototypes))
         views = [x[self.rows] for x in views]
         most = self.arguments["reduce"]
         for i, x in enumerate(views):
@@ -278,7 +295,7 @@ class Transductive:
         self.model = TMVHLP(standardise="none", **settings)
         some = None if all(p is None for p in prototypes) else prototypes
         self.model.fit(views, self.seen, prototypes=some)
-        self.baseline = self._baseline(views, prototypes)
+        self.baselines |= self._nearest(views, prototypes)
         self.seconds["graph"] = round(time.perf_counter() - started, 2)
 
     def view(self, name: str) -> npt.NDArray[np.float64]:
@@ -340,14 +357,41 @@ class Transductive:
         prototypes.append(encoder.encode(texts).astype(np.float64))
         return found
 
-    def _baseline(self, views: list[Array], prototypes: list[Array | None]) -> tuple[str, npt.NDArray[np.int64]]:
-        """What one gets without looking at all pictures at once: its name, and the classes."""
-        described = next(((x, p) for x, p in zip(views, prototypes, strict=True) if p is not None), None)
-        if described is not None:
-            return "nearest class text", nearest_prototype(*described)
-        together = np.hstack(views)
-        means = np.stack([together[self.seen == c].mean(0) for c in range(len(self.classes))])
-        return "nearest class mean", nearest_prototype(together, means)
+    def _attributes(self, table: ClassVectors, features: Array, prototypes: list[Array | None]) -> Array:
+        """The view of attributes (n, A), learnt on pictures of other classes; the rows of the table join the prototypes."""
+        place = {name: i for i, name in enumerate(table.names)}
+        file = str(self.arguments["attributes"])
+        missing = next((c.name for c in self.classes if c.name not in place), None)
+        if missing is not None:
+            raise DataError(f"has no row for the class {missing!r}", file=file)
+        numbers = np.array([place.get(n, -1) for n in self.manifest.class_names] + [-1], np.int64)
+        labels = numbers[self.manifest.right_labels[self.auxiliary]]
+        known, asked = features[self.auxiliary][labels >= 0], features[self.rows]
+        labels = labels[labels >= 0]
+        if not len(labels):
+            raise DataError(
+                "attributes are learnt on labelled pictures of other classes that have a row, and there is none",
+                file=file,
+            )
+        own = table.values[[place[c.name] for c in self.classes]]
+        probabilities = attribute_probabilities(known, labels, table.values, asked)
+        share = (table.values > 0.5)[labels].mean(0)
+        direct = direct_attribute_prediction(probabilities, own, share)
+        self.baselines["direct attribute prediction"] = np.asarray(direct.argmax(1), np.int64)
+        prototypes.append(own)
+        return predicted_words(known, labels, table.values, asked)
+
+    def _nearest(self, views: list[Array], prototypes: list[Array | None]) -> dict[str, npt.NDArray[np.int64]]:
+        """What one gets without looking at all pictures at once, and by one view: its name, and the classes."""
+        described = [(x, p) for x, p in zip(views, prototypes, strict=True) if p is not None]
+        if not described:
+            together = np.hstack(views)
+            means = np.stack([together[self.seen == c].mean(0) for c in range(len(self.classes))])
+            return {"nearest class mean": nearest_prototype(together, means)}
+        found = (
+            {} if self.arguments["definitions"] is None else {"nearest class text": nearest_prototype(*described[0])}
+        )
+        return found if self.attributes is None else found | {"nearest attributes": nearest_prototype(*described[-1])}
 
     def finish(self) -> None:
         """Write the labels, a picture of them, a classifier where there is an encoder, and what was measured."""
@@ -374,7 +418,7 @@ class Transductive:
             self._save_model(names)
             files["model"] = "model"
         asked = ~known & (self.truth >= 0)
-        correct = {"": found == self.truth, f"{self.baseline[0]}: ": self.baseline[1] == self.truth}
+        correct = {"": found == self.truth} | {f"{k}: ": v == self.truth for k, v in self.baselines.items()}
         groups = self.manifest.column("group")[self.rows][asked]
         scores: dict[str, Any] = {}
         for prefix, right in correct.items() if asked.any() else ():
