@@ -137,7 +137,9 @@ def _results(
             return iter([_Apply(model, task, threshold).of([Record(data, data, data=Path(data).read_bytes())])])
     gpu = on is not None and has_gpus(on)
     setup = (model, task, threshold, columns[model.kind], "cuda" if gpu else None)
-    return map_blocks(_Apply, find_blocks(data, image_column=image_column, kind=model.kind), on=on, setup=setup, gpu=gpu)
+    return map_blocks(
+        _Apply, find_blocks(data, image_column=image_column, kind=model.kind), on=on, setup=setup, gpu=gpu
+    )
 
 
 def _rows(apply: "_Apply", data: str) -> Iterator[tuple[pa.Table, list[tuple[str, str]]]]:
