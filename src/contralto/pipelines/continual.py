@@ -55,6 +55,8 @@ __all__ = ["Continual", "held_out"]
 Array = npt.NDArray[Any]
 FEATURES = 8192
 """Rows at a time through layers that take features."""
+SCALE = (0.5, 1.0)
+"""Of crops for a frozen encoder, which cannot learn to overlook what strong views change."""
 SCORES = {
     "average": "accuracy, mean over tasks", "incremental": "accuracy, mean over the stream", "forgetting": "forgetting",
     "backward": "backward transfer",
@@ -164,8 +166,8 @@ class Continual(Pretraining):
         test_share : float
             Share that is kept for testing where the data has no split `test`.
         frozen : bool
-            Beyond the papers: the encoder stays as it is, its features of a few augmented views of each picture are computed
-            once, and two layers learn on them, which begin by centring those of the first task.
+            Beyond the papers: the encoder stays as it is, its features of a few views of each picture (large crops and flips) are
+            computed once, and two layers learn on them, which begin by centring those of the first task.
         variants : int
             With `frozen`: how many draws of each view are kept.
         cache : str, optional
@@ -392,9 +394,10 @@ class Continual(Pretraining):
         if not self.arguments["frozen"]:
             return super().loader(module)
         variants, base = self.arguments["variants"], self.begun
+        mild = BatchView(base.size, SCALE, mean=base.mean, std=base.std)
         views = [  # each has drawings of its own, so that the two of a picture are never the same one
-            np.stack([self.drawn(view, number * variants + v) for v in range(variants)])
-            for number, view in enumerate(module.views(base.size, base.mean, base.std))
+            np.stack([self.drawn(mild, number * variants + v) for v in range(variants)])
+            for number in range(len(module.views(base.size, base.mean, base.std)))
         ]
         fields = {"label": torch.from_numpy(self.labels), "replayed": self.replayed}
         return DataLoader(
