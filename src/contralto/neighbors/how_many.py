@@ -4,8 +4,8 @@
 clusters with the labels that are left, and K is the one that recovers the hidden classes best (Brent's bounded search).
 *whole*: no label is told, rows are clustered into many numbers K of clusters, and K is the one at which labelled classes lie in
 clusters of their own best. *both* pools the two, which err in different ways. *split*: a Gaussian mixture with splits and
-merges (GPC), from too many clusters; what it finds depends on its prior. Each is repeated on half of the rows, drawn anew each time,
-which gives the interval. (Rows drawn with replacement would not do: two equal rows are a cluster to a mixture.)
+merges (GPC), from too many clusters; what it finds depends on its prior. Each is repeated on half of the rows, drawn anew each
+time, which gives the interval. (Rows drawn with replacement would not do: two equal rows are a cluster to a mixture.)
 """
 
 from dataclasses import dataclass
