@@ -285,8 +285,10 @@ def _evaluate_encoder(
     split: str | None,
     show: bool,
 ) -> dict[str, Any]:
-    from contralto.pipelines.embedding import evaluate_encoder
+    from contralto.pipelines.embedding import Embedder, evaluate_encoder
 
+    if not isinstance(model, Embedder):
+        raise UsageError("how this model is measured is known by its run: name the run folder, not the model in it")
     result = evaluate_encoder(
         model, data, label_column=label_column, image_column=image_column, group_column=group_column, split=split
     )

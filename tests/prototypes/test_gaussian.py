@@ -262,14 +262,6 @@ def test_the_fitted_psi_keeps_labelled_classes_as_they_are_at_any_scale(scale):
     assert (found.splits, found.merges) == (0, 0)
 
 
-def test_the_fitted_psi_follows_the_size_that_classes_are_counted_with():
-    x, owner = blobs([50, 50, 50], CORNERS[:3], spread=3.0)
-    labels = torch.from_numpy(owner)
-    assert fitted_psi(x, labels) == fitted_psi(x, labels, size=50)
-    assert fitted_psi(x, labels, size=2000) != fitted_psi(x, labels)
-    assert fitted_psi(x.repeat(40, 1), labels.repeat(40), size=50) == pytest.approx(fitted_psi(x, labels), rel=0.3)
-
-
 def test_psi_is_fitted_to_two_classes_at_least():
     with pytest.raises(UsageError, match="two labelled classes at least, there are 1"):
         fitted_psi(torch.randn(9, 2), torch.tensor([0] * 4 + [-1] * 5))

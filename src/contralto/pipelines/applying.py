@@ -102,8 +102,10 @@ def apply_model(
             if writer is not None:
                 writer.close()
         if not applied.n:
-            told = f": {applied.skipped[0][0]}: {applied.skipped[0][1]}" if applied.skipped else ""
-            raise DataError(f"not one usable {_thing(model)} ({len(applied.skipped)} skipped){told}", file=data)
+            told = "none was found"
+            if applied.skipped:
+                told = f"{len(applied.skipped)} skipped, the first {applied.skipped[0][0]}: {applied.skipped[0][1]}"
+            raise DataError(f"not one usable {_thing(model)}: {told}", file=data)
 
     write_atomically(target, write)
     return applied

@@ -1,4 +1,4 @@
-"""What a run leaves for people: the cleaned list as CSV, the model card, the record of versions and machine."""
+"""What a run reads once and leaves for people: manifest, cleaned list as CSV, model card, record of versions and machine."""
 
 import json
 import platform
@@ -12,11 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import torch
+from rich.console import Console
 
+from contralto.data.ingest import ingest
+from contralto.data.manifest import Manifest
 from contralto.errors import UsageError
 from contralto.files import naming, plain_json, remove_leftovers, write_atomically, write_json
 
-__all__ = ["FREE", "claim_run", "environment", "model_card", "peak_memory_gib", "write_cleaned_csv"]
+__all__ = ["FREE", "claim_run", "environment", "model_card", "peak_memory_gib", "read_once", "write_cleaned_csv"]
 
 FREE = ("checkpoint_every", "on")
 """Arguments on which no result depends: a run may go on with other ones."""
@@ -58,6 +61,39 @@ def claim_run(
     remove_leftovers(out)
     write_json(path, config)
     write_json(out / "environment.json", environment())
+
+
+def read_once(
+    data: str, folder: Path, arguments: Mapping[str, Any], console: Console, *, columns: bool = True
+) -> Manifest:
+    """The manifest of the pictures of a job, made at the first call and kept in a folder of the run.
+
+    Parameters
+    ----------
+    data : str
+    folder : path
+    arguments : mapping
+        Of the job: `min_side`, `workers`, `allow_outside`, `on`, and what ends in `_column`.
+    console : rich.console.Console
+        Where progress is shown.
+    columns : bool
+        Take the columns that were named; else those of usual names.
+    """
+    if not (folder / "manifest.parquet").exists():
+        console.print(f"[bold]ingest[/bold]  reading {data}", highlight=False, soft_wrap=True)
+        with console.status("reading") as status:
+            manifest = ingest(
+                data,
+                **{k: v for k, v in arguments.items() if k.endswith("_column") and columns},
+                **{k: arguments[k] for k in ("min_side", "workers", "allow_outside", "on")},
+                blank_share=None,
+                unlabelled=True,
+                progress=lambda n: status.update(f"{n} pictures read"),
+            )
+        part = folder.with_name(f".{folder.name}.part")
+        manifest.save(part)
+        part.rename(folder)
+    return Manifest.load(folder)
 
 
 def write_cleaned_csv(table: pa.Table, path: Path) -> None:

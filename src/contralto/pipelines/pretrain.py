@@ -20,13 +20,12 @@ from torch.utils.data import DataLoader
 
 from contralto.data.canvas import CanvasDataset, as_it_is
 from contralto.data.dataset import EpochSampler
-from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.encoders.image import ImageEncoder, image_encoder, save_encoder
 from contralto.errors import DataError, UsageError
 from contralto.files import naming, write_json
 from contralto.pipelines.embedding import report_encoder
-from contralto.pipelines.outputs import claim_run, peak_memory_gib
+from contralto.pipelines.outputs import claim_run, peak_memory_gib, read_once
 from contralto.systems.base import EncoderSystem
 from contralto.systems.registry import get_system
 from contralto.training.fit import fit_stage
@@ -214,25 +213,7 @@ class Pretraining:
 
     def _read(self, data: str, folder: Path, *, columns: bool = True) -> Manifest:
         """The manifest of some pictures, made once; with the columns that were named, or those of usual names."""
-        a = self.arguments
-        if not (folder / "manifest.parquet").exists():
-            self.console.print(f"[bold]ingest[/bold]  reading {data}", highlight=False, soft_wrap=True)
-            with self.console.status("reading") as status:
-                manifest = ingest(
-                    data,
-                    **{k: a[k] for k in a if k.endswith("_column") and columns},
-                    min_side=a["min_side"],
-                    blank_share=None,
-                    unlabelled=True,
-                    workers=a["workers"],
-                    allow_outside=a["allow_outside"],
-                    on=a["on"],
-                    progress=lambda n: status.update(f"{n} pictures read"),
-                )
-            part = folder.with_name(f".{folder.name}.part")
-            manifest.save(part)
-            part.rename(folder)
-        return Manifest.load(folder)
+        return read_once(data, folder, self.arguments, self.console, columns=columns)
 
     def encoder(self, seed: int | None = None) -> ImageEncoder:
         """The encoder as it is before the training; drawn by the seed if it has no weights."""

@@ -145,13 +145,13 @@ class Regressor(nn.Module):
     def embed_rows(self, rows: Array, *, batch_size: int = 4096) -> npt.NDArray[np.float32]:
         """Features (N, F) of rows as they are in the table, in the order of its columns."""
         assert isinstance(self.encoder, TableEncoder)
-        x, columns = np.asarray(rows, np.float64), self.config["columns"]
+        x, columns = np.array(rows, np.float64, order="C"), self.config["columns"]
         if x.ndim != 2 or x.shape[1] != len(columns) or not np.isfinite(x).all():
             raise UsageError(
                 f"rows must be numbers of the shape (N, {len(columns)}), the columns {', '.join(columns)}; got {x.shape}"
             )
-        rows_here = torch.from_numpy(x).to(self.encoder.center.device)
-        return self._embed(self.encoder.standardize(rows_here).split(batch_size))
+        standardized = self.encoder.standardize(torch.from_numpy(x).to(self.encoder.center.device))
+        return self._embed(standardized.split(batch_size))
 
     def embed_pictures(self, manifest: Manifest, rows: Array, *, device: str = "cpu") -> npt.NDArray[np.float32]:
         """Features (N, F) of pictures of a manifest."""

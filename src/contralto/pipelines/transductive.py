@@ -24,7 +24,7 @@ from contralto.cluster import map_blocks
 from contralto.data.definitions import ClassText, class_text, fill_definitions, load_definitions
 from contralto.data.images import decode_image
 from contralto.data.ingest import ingest
-from contralto.data.manifest import ClassInfo, Manifest
+from contralto.data.manifest import ClassInfo
 from contralto.data.tables import ClassVectors, read_class_vectors
 from contralto.encoders.described import DESCRIPTIONS, describe
 from contralto.encoders.features import EncodePictures, cached_array, device_of
@@ -34,7 +34,7 @@ from contralto.encoders.text import text_encoder
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval
 from contralto.files import naming, write_atomically, write_json
-from contralto.pipelines.outputs import claim_run, peak_memory_gib
+from contralto.pipelines.outputs import claim_run, peak_memory_gib, read_once
 from contralto.systems.classifier import Classifier
 from contralto.systems.zeroshot.semantics import (
     attribute_probabilities,
@@ -205,23 +205,7 @@ class Transductive:
     def ingest(self) -> None:
         """Read the pictures; find out which classes there are, whose labels may be seen, and which pictures are asked for."""
         a = self.arguments
-        folder = self.out / "manifest"
-        if not (folder / "manifest.parquet").exists():
-            self.console.print(f"[bold]ingest[/bold]  reading {self.data}", highlight=False, soft_wrap=True)
-            manifest = ingest(
-                self.data,
-                **{k: a[k] for k in a if k.endswith("_column")},
-                min_side=a["min_side"],
-                blank_share=None,
-                unlabelled=True,
-                workers=a["workers"],
-                allow_outside=a["allow_outside"],
-                on=a["on"],
-            )
-            part = folder.with_name(f".{folder.name}.part")
-            manifest.save(part)
-            part.rename(folder)
-        self.manifest = Manifest.load(folder)
+        self.manifest = read_once(self.data, self.out / "manifest", a, self.console)
         names, truth = np.array(self.manifest.class_names, dtype=object), self.manifest.right_labels
         self.attributes = None if a["attributes"] is None else read_class_vectors(a["attributes"])
         if a["definitions"] is not None:
@@ -378,8 +362,9 @@ class Transductive:
         share = (table.values > 0.5)[labels].mean(0)
         direct = direct_attribute_prediction(probabilities, own, share)
         self.baselines["direct attribute prediction"] = np.asarray(direct.argmax(1), np.int64)
-        prototypes.append(own)
-        return predicted_words(known, labels, table.values, asked)
+        mean = table.values[labels].mean(0)  # to which the regression shrinks: cosines are taken from there
+        prototypes.append(own - mean)
+        return np.asarray(predicted_words(known, labels, table.values, asked) - mean)
 
     def _nearest(self, views: list[Array], prototypes: list[Array | None]) -> dict[str, npt.NDArray[np.int64]]:
         """What one gets without looking at all pictures at once, and by one view: its name, and the classes."""

@@ -265,13 +265,12 @@ def fitted_psi(
     *,
     kappa: float = 1e-4,
     nu: float | None = None,
-    size: float | None = None,
     seed: int = 0,
 ) -> float:
     """Psi under which `split_and_merge` would leave labelled classes as they are: beyond the paper.
 
-    For values up to a hundredth and a hundred times the variance within the classes, it is counted which share of the classes would
-    be split into the halves of their 2-means, and which share of the pairs of nearest classes be merged. The value with the
+    For values up to a hundredth and a hundred times the variance within the classes, it is counted which share of the classes
+    would be split into the halves of their 2-means, and which share of the pairs of nearest classes be merged. The value with the
     smallest sum is taken, the middle one of several.
 
     Parameters
@@ -282,9 +281,6 @@ def fitted_psi(
         Class of labelled rows, in [0, C), without gaps; -1 elsewhere.
     kappa, nu
         See `niw_prior`.
-    size : float, optional
-        Count a class as if it had so many rows on average: those of the clusters that are to be judged by this Psi, since the
-        ratio of evidences grows with them. Default: as many as there are.
     seed : int
         Of the halves.
 
@@ -312,8 +308,6 @@ def fitted_psi(
     first, second = (moments(rows, torch.where(half == side, group, -1), count) for side in (0, 1))
     whole = pooled(first, second)
     variance = float(whole.scatter.diagonal(dim1=1, dim2=2).sum() / whole.count.sum()) / x.shape[1]
-    factor = 1.0 if size is None else size * count / len(rows)
-    first, second, whole = (Moments(m.count * factor, m.mean, m.scatter * factor) for m in (first, second, whole))
     a, b = _nearest_pairs(whole.mean, torch.ones(count, dtype=torch.bool, device=x.device))
     pair = _some(whole, a), _some(whole, b)
     values = max(variance, 1e-8) * torch.logspace(-2, 2, 41, dtype=torch.float64)

@@ -200,8 +200,7 @@ class GPC(DiscoverySystem):
         fixed = torch.from_numpy(labels)
         psi = self.psi or within_variance(x.numpy(), labels)
         if psi == "auto":
-            free = int((own >= self.num_classes).sum()), number - self.num_classes
-            psi = fitted_psi(x, fixed, kappa=self.kappa, nu=self.nu, size=free[0] / free[1] if free[1] else None)
+            psi = fitted_psi(x, fixed, kappa=self.kappa, nu=self.nu)
         prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=psi)
         if not self.estimate:
             centres = posterior_means(x, own, number, prior)
