@@ -364,7 +364,7 @@ class Transductive:
         self.baselines["direct attribute prediction"] = np.asarray(direct.argmax(1), np.int64)
         mean = table.values[labels].mean(0)  # to which the regression shrinks: cosines are taken from there
         prototypes.append(own - mean)
-        return predicted_words(known, labels, table.values, asked) - mean
+        return np.asarray(predicted_words(known, labels, table.values, asked) - mean)
 
     def _nearest(self, views: list[Array], prototypes: list[Array | None]) -> dict[str, npt.NDArray[np.int64]]:
         """What one gets without looking at all pictures at once, and by one view: its name, and the classes."""
