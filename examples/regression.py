@@ -10,8 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import contralto
 from contralto.data.tables import read_numbers
-from contralto.pipelines.regression import RegressionJob, load_regressor
+from contralto.pipelines.regression import RegressionJob
 
 if len(sys.argv) > 2:
     table, target = sys.argv[1:3]
@@ -30,6 +31,6 @@ run = RegressionJob("supremix").fit(table, out, target=target, bin=10.0, epochs=
 for name, score in json.loads((run / "metrics.json").read_text())["scores"].items():
     print(f"{name}: {score['value']:.3g}")
 
-model = load_regressor(run)
+model = contralto.load(run)
 rows = read_numbers(table, target, columns=model.config["columns"])
-print("told of the first five rows:", model.tell(model.embed_rows(rows.inputs[:5])).round(1).tolist())
+print("told of the first five rows:", model.predict(rows.inputs[:5]).round(1).tolist())

@@ -21,6 +21,7 @@ from contralto.encoders.text import encode_texts, text_encoder
 from contralto.errors import ContraltoError, DataError, MissingExtraError, UsageError
 from contralto.pipelines.applying import apply_model
 from contralto.pipelines.capro import fit_capro
+from contralto.pipelines.regression import Regressor
 from contralto.systems.classifier import Classifier
 
 from tests.data.test_sources import FORMS, ROWS, add, as_parquet, banner, blank
@@ -208,7 +209,7 @@ def test_the_passes_of_a_job_on_a_cluster_are_those_here(two_workers, tiny_parqu
     assert fit_capro(str(tiny_parquet), there, **call) == there  # where it runs may change when a run goes on
 
 
-@pytest.mark.parametrize("task", ["predict", "embed"])
+@pytest.mark.parametrize("task", ["predict", "embed", "tell"])
 def test_a_model_over_a_collection_on_a_cluster_and_here(two_workers, tmp_path, monkeypatch, task):
     monkeypatch.setattr("contralto.data.sources.BLOCK_ROWS", 5)
     config = {
@@ -216,6 +217,9 @@ def test_a_model_over_a_collection_on_a_cluster_and_here(two_workers, tmp_path, 
         "classes": ["red", "green", "blue"], "hidden": 16, "dim": 8, "temperature": 0.1,
     }  # fmt: skip
     root, model, outs = with_faults("folder", tmp_path / "data"), Classifier(config).eval(), []
+    if task == "tell":
+        task, about = "predict", {"target": "weight", "columns": None, "num_features": 128}
+        model = Regressor(model.encoder, about).eval()
     for on in (None, "ray"):
         outs.append(tmp_path / f"{on}.parquet")
         applied = apply_model(model, str(root), outs[-1], task=task, on=on)

@@ -285,8 +285,10 @@ def _evaluate_encoder(
     split: str | None,
     show: bool,
 ) -> dict[str, Any]:
-    from contralto.pipelines.embedding import evaluate_encoder
+    from contralto.pipelines.embedding import Embedder, evaluate_encoder
 
+    if not isinstance(model, Embedder):
+        raise UsageError("how this model is measured is known by its run: name the run folder, not the model in it")
     result = evaluate_encoder(
         model, data, label_column=label_column, image_column=image_column, group_column=group_column, split=split
     )
@@ -340,33 +342,45 @@ def predict(
     out: Path | None = None,
     threshold: float = 0.0,
     image_column: str | None = None,
+    sound_column: str | None = None,
     on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Classify images with a finished run; writes Parquet with id, label and confidence.
+    """Say what a finished run has learnt to say: of images their classes, of recordings their texts, of images or rows a number.
+
+    Writes Parquet: id, label and confidence; id, text, intent where there is one, and confidence; or id and number.
 
     Args:
         run: Run folder.
-        data: Images in any form, or one image file.
+        data: Images or recordings in any form, or one file; or a table with the columns that the run learnt from.
         out: Parquet file to write; default: predictions.parquet in the current folder.
         threshold: Say "unknown" where no probability is above it.
         image_column: Column of the images.
-        on: "ray" or "ray://host:port": read and work on a cluster; the same result.
+        sound_column: Column of the recordings.
+        on: "ray" or "ray://host:port": read images or recordings and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
     from contralto.pipelines.loading import load
 
-    model, target = load(run), out or Path("predictions.parquet")
-    applied = apply_model(model, data, target, threshold=threshold, image_column=image_column, on=on)
+    target = out or Path("predictions.parquet")
+    applied = apply_model(
+        load(run), data, target, threshold=threshold, image_column=image_column, sound_column=sound_column, on=on
+    )
     _print_skipped(applied.skipped)
     if show:
-        table = _table("id", "label", "confidence")
+        table = _table(*applied.head[0])
         for row in applied.head:
-            told = ", ".join(row["label"]) if model.multilabel else row["label"]
-            table.add_row(row["id"][:60], told, _percent(row["confidence"]))
+            table.add_row(*(_cell(name, value) for name, value in row.items()))
         _console().print(table)
         _console().print(f"{applied.n} predictions in {target}", highlight=False)
-    return {"n": applied.n, "unknown": applied.unknown, "file": str(target)}
+    return {"n": applied.n, "unknown": applied.unknown, "skipped": len(applied.skipped), "file": str(target)}
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value of a column as a person reads it."""
+    if isinstance(value, float):
+        return _percent(value) if name == "confidence" else _number(value)
+    return ", ".join(value)[:60] if isinstance(value, list) else str(value)[:60]
 
 
 def embed(
@@ -375,28 +389,34 @@ def embed(
     *,
     out: Path | None = None,
     image_column: str | None = None,
+    sound_column: str | None = None,
     on: str | None = None,
     show: bool = True,
 ) -> dict[str, Any]:
-    """Embed images, by a pretrained encoder or in the space of a run's prototypes; writes Parquet with id and embedding.
+    """Embed images, recordings or rows by the encoder of a run, images also in the space of its prototypes.
+
+    Writes Parquet with id and embedding.
 
     Args:
         run: Run folder.
-        data: Images in any form, or one image file.
+        data: Images or recordings in any form, or one file; or a table with the columns that the run learnt from.
         out: Parquet file to write; default: embeddings.parquet in the current folder.
         image_column: Column of the images.
-        on: "ray" or "ray://host:port": read and work on a cluster; the same result.
+        sound_column: Column of the recordings.
+        on: "ray" or "ray://host:port": read images or recordings and work on a cluster; the same result.
     """
     from contralto.pipelines.applying import apply_model
     from contralto.pipelines.loading import load
 
-    model, target = load(run), out or Path("embeddings.parquet")
-    applied = apply_model(model, data, target, task="embed", image_column=image_column, on=on)
+    target = out or Path("embeddings.parquet")
+    applied = apply_model(
+        load(run), data, target, task="embed", image_column=image_column, sound_column=sound_column, on=on
+    )
     _print_skipped(applied.skipped)
     width = len(applied.head[0]["embedding"])
     if show:
         _console().print(f"{applied.n} embeddings of width {width} in {target}", highlight=False)
-    return {"n": applied.n, "width": width, "file": str(target)}
+    return {"n": applied.n, "width": width, "skipped": len(applied.skipped), "file": str(target)}
 
 
 def clean(
@@ -711,8 +731,8 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "inspect": (inspect_, "what is in data: classes, texts, broken files, cost"),
     "fit": (fit, "train a system; resumes by itself"),
     "evaluate": (evaluate, "accuracy of a run on data with clean labels"),
-    "predict": (predict, "labels for new images"),
-    "embed": (embed, "embeddings for new images"),
+    "predict": (predict, "labels, texts or numbers for new data"),
+    "embed": (embed, "embeddings for new data"),
     "clean": (clean, "the list of wrong images and the corrected labels, of a run or by a model of your own"),
     "report": (report, "the HTML report of a run"),
     "review": (review, "a page on which people check what a run flagged; and what they decided, as a file"),

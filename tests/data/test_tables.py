@@ -55,14 +55,13 @@ def test_every_form_gives_the_same_table(tmp_path, kind):
     assert (again.groups == table.groups).all()
 
 
-def test_rows_without_a_number_are_kept_where_they_are_only_told(tmp_path):
-    table = read_numbers(write(tmp_path, "csv"), "weight", known=False)
-    assert np.isnan(table.numbers).tolist() == [False, False, True]
-    assert read_numbers(write(tmp_path, "csv"), "price", columns=["x"], known=False).inputs.tolist() == [
-        [1.5],
-        [2.5],
-        [4],
-    ]
+def test_without_a_target_no_number_is_asked_for(tmp_path):
+    table = read_numbers(write(tmp_path, "csv"), None, columns=["x"])
+    assert table.inputs.tolist() == [[1.5], [2.5], [4]]
+    assert np.isnan(table.numbers).all()
+    assert table.target == ""
+    with pytest.raises(DataError, match="there is no column 'z'; there are id"):
+        read_numbers(write(tmp_path, "csv"), None, columns=["z"])
 
 
 def test_columns_can_be_chosen_and_a_table_without_ids_is_numbered(tmp_path):

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import contralto
 from contralto.cli import main
-from contralto.encoders.image import image_encoder
+from contralto.encoders.image import image_encoder, save_encoder
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.continual import Continual, held_out
+from contralto.pipelines.frozen import layers_behind
 from contralto.pipelines.job import load_preset, presets_of
 from contralto.review.continual import write_continual_report
 from contralto.systems.continual.prd import PRD
@@ -196,6 +197,72 @@ def test_stopped_between_tasks_it_goes_on_with_state_or_weights(finished, colour
         assert not (run / "tasks" / "task1" / "answers.parquet").exists()
         get_job("prd").fit(str(coloured), run, **PRD_SMALL)
         same_streams(finished, run)
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory):
+    """An encoder with weights."""
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("known") / "encoder"
+    save_encoder(image_encoder("resnet8", size=16), folder)
+    return folder
+
+
+def test_a_frozen_encoder_stays_and_layers_behind_it_learn(coloured, known, tmp_path, monkeypatch):
+    arguments = PRD_SMALL | {"image_encoder": str(known), "frozen": True, "cache": str(tmp_path / "cache")}
+    run = get_job("prd").fit(str(coloured), tmp_path / "run", **arguments)
+    whole(run)
+    begun, kept = image_encoder(str(known)), image_encoder(str(run / "encoder"))
+    assert kept.name == "adapted/resnet8"
+    assert all(torch.equal(v, kept.backbone[0].state_dict()[k]) for k, v in begun.backbone.state_dict().items())
+    layers, fresh = kept.backbone[1], layers_behind(begun, np.zeros((1, 128)))
+    assert not torch.equal(layers[2].weight, fresh.backbone[2].weight)
+    said = pq.read_table(run / "tasks/task2/answers.parquet").to_pylist()
+    model, table = contralto.load(run), pq.read_table(coloured).to_pylist()
+    predicted = list(model.predict([table[row["index"]]["image"] for row in said]))
+    assert np.mean([p == row["predicted"] for p, row in zip(predicted, said, strict=True)]) > 0.9  # features are halves
+    assert len(list((tmp_path / "cache").glob("plain*.npy"))) == 1
+    assert len(list((tmp_path / "cache").glob("view*.npy"))) == 4  # two views, two drawings of each
+
+    def never(*words, **more):
+        raise AssertionError("features are computed again")
+
+    monkeypatch.setattr("contralto.pipelines.continual.features_of_view", never)
+    monkeypatch.setattr("contralto.pipelines.continual.map_blocks", never)
+    step, seen = PRD.training_step, []
+
+    def stops(self, batch, batch_idx):
+        seen.append(batch["views"][0].shape)
+        if (int(self.task), self.current_epoch, batch_idx) == (1, 1, 1):
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PRD, "training_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            get_job("prd").fit(str(coloured), tmp_path / "again", **arguments, checkpoint_every=1)
+    get_job("prd").fit(str(coloured), tmp_path / "again", **arguments, checkpoint_every=1)
+    assert set(seen) == {(8, 128)}
+    same_streams(run, tmp_path / "again")
+
+
+def test_layers_behind_a_frozen_encoder_begin_with_the_centre_of_the_first_task_alone(coloured, known, tmp_path):
+    job = get_job("lwf")
+    arguments = SMALL | {"image_encoder": str(known), "frozen": True, "epochs": 1, "extra_epochs": 0}
+    job.fit(str(coloured), tmp_path / "run", **arguments)
+    first = torch.from_numpy(job.plain[job.rows[job.tasks[0].rows]].astype(np.float32))
+    layers = job.encoder().backbone[0]
+    assert torch.allclose(layers(first).mean(0), torch.zeros(128), atol=1e-4)
+    later = torch.from_numpy(job.plain[job.rows[job.tasks[1].rows]].astype(np.float32))
+    assert layers(later).mean(0).abs().max() > 0.1
+
+
+def test_a_frozen_encoder_must_have_weights(coloured, tmp_path, capsys):
+    words = ["fit", "prd", str(coloured), "--out", str(tmp_path / "run"), "--image_encoder", "resnet8", "--frozen"]
+    assert main(words) == 2
+    assert "--frozen needs an encoder that has learnt something" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="variants"):
+        get_job("prd").fit(str(coloured), tmp_path / "none", **PRD_SMALL, variants=0)
 
 
 @pytest.mark.slow

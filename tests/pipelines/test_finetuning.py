@@ -1,19 +1,23 @@
 """Fine-tuning from pictures in files to a classifier that the other commands use."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from scipy.ndimage import label
 
 import contralto
 from contralto.cli import main
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.finetuning import FineTuningJob
 from contralto.pipelines.job import load_preset, presets_of
+from contralto.review.episodes import RIGHT, WRONG
 from contralto.systems.registry import get_job
 
 from tests.conftest import COLOURS, picture
@@ -75,6 +79,22 @@ def test_a_run_holds_a_classifier_and_how_right_it_is(finished, data):
     assert "fine-tuned with core_tuning" in (finished / "model" / "README.md").read_text()
     page = (finished / "report.html").read_text()
     assert page.count("<circle") >= TESTED
+    changed = right.sum() - plain.sum()
+    [mended, spoilt] = map(int, re.search(r"(\d+) images are right that were wrong, and (\d+) wrong", page).groups())
+    assert (mended - spoilt, spoilt) == (changed, (plain & ~right).sum())
+
+
+def test_the_sheet_shows_test_pictures_with_the_classes_they_are_taken_for(finished):
+    """One of each class to learn from, then test pictures: green frames are right answers, red ones wrong."""
+    table = pq.read_table(finished / "predictions.parquet").to_pydict()
+    sheet = np.asarray(Image.open(finished / "answers.png").convert("RGB")).astype(int)
+    asked = 3 * 6  # all that there are to test: less than the sheet has room for
+    heights = len(sheet) // 2
+    for half, said in ((sheet[:heights], "baseline"), (sheet[heights:], "predicted")):
+        right = sum(a == b for a, b in zip(table["label"], table[said], strict=True))
+        corners = [(half == np.array(colour)).all(2) for colour in (RIGHT, WRONG)]
+        frames = [label(c)[1] for c in corners]
+        assert frames == [right, asked - right]
 
 
 def test_what_the_model_says_is_what_the_system_learnt(finished):

@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 import contralto
+from contralto.cli import main
 from contralto.data.texts import Characters, Vocabulary
 from contralto.errors import DataError, UsageError
 from contralto.pipelines.applying import apply_model
 from contralto.pipelines.speech import SpeechJob, intents, load_speech, targets
 from contralto.systems.continual.coconut import COCONUT
+
+from tests.conftest import picture
 
 sf = pytest.importorskip("soundfile")
 RATE = 4000
@@ -105,7 +108,8 @@ def test_the_commands_of_a_finished_run_take_recordings(finished, data, tmp_path
     assert found.skipped == [("words.parquet#7", "not a sound (expected WAV, FLAC or Ogg)")]
     said = {r["id"]: r for r in pq.read_table(tmp_path / "said.parquet").to_pylist()}
     answers = pq.read_table(finished / "tasks" / "task2" / "answers.parquet").to_pylist()
-    assert all(said[a["id"]]["label"] == a["predicted"] for a in answers)
+    assert list(said["words.parquet#0"]) == ["id", "text", "confidence"]
+    assert all(said[a["id"]]["text"] == a["predicted"] for a in answers)
     sure = np.array([said[a["id"]]["confidence"] for a in answers])
     right = np.array([a["right"] for a in answers])
     assert ((sure > 0) & (sure <= 1)).all()
@@ -114,6 +118,38 @@ def test_the_commands_of_a_finished_run_take_recordings(finished, data, tmp_path
     (tmp_path / "one.wav").write_bytes(recording(1100, 9))
     assert apply_model(contralto.load(finished), str(tmp_path / "one.wav"), tmp_path / "e.parquet", task="embed").n == 1
     assert len(pq.read_table(tmp_path / "e.parquet").to_pylist()[0]["embedding"]) == 16
+
+
+def test_what_cannot_be_heard_is_said_and_what_was_written_stays(finished, data, tmp_path, capsys):
+    kept = tmp_path / "p.parquet"
+    rows = [{"clip": recording(300, 0), "path": "<b>x"}, {"clip": recording(700, 1)[:30], "path": "y"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "clips.parquet")
+    words = ["predict", str(finished), str(tmp_path / "clips.parquet"), "--out", str(kept)]
+    assert main([*words, "--sound_column", "clip"]) == 0
+    out, err = capsys.readouterr()
+    assert "1 predictions in" in out
+    assert err.startswith("skipped clips.parquet#1: broken sound")
+    before = kept.read_bytes()
+    (tmp_path / "cut.wav").write_bytes(recording(300, 0)[:30])
+    (tmp_path / "a.png").write_bytes(picture((200, 30, 40), 1))
+    (tmp_path / "pictures" / "red").mkdir(parents=True)
+    (tmp_path / "pictures" / "red" / "a.png").write_bytes(picture((200, 30, 40), 1))
+    pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "other.parquet")
+    for words, told in [
+        ([tmp_path / "cut.wav"], "not one usable recording: 1 skipped, the first "),
+        ([tmp_path / "cut.wav"], "cut.wav: broken sound"),
+        ([tmp_path / "a.png"], "this run takes recordings"),
+        ([tmp_path / "pictures"], "not one usable recording: none was found"),
+        ([tmp_path / "other.parquet"], "name it with --sound_column"),
+        ([data, "--sound_column", "nothing"], "no column 'nothing'"),
+        ([data, "--image_column", "audio"], "--image_column names images, and this run takes recordings"),
+    ]:
+        code = main(["predict", str(finished), *map(str, words), "--out", str(kept)])
+        err = capsys.readouterr().err
+        assert (code, told in err, "Traceback" in err) == (2, True, False), (words, err)
+    assert kept.read_bytes() == before
+    assert main(["evaluate", str(finished / "model"), str(data)]) == 2
+    assert "name the run folder" in capsys.readouterr().err
 
 
 def test_evaluation_of_the_same_recordings_says_the_same(finished, data):
@@ -233,12 +269,19 @@ def test_domains_are_speakers(tmp_path):
     assert all(len(t["classes"]) == 4 for t in tasks)
 
 
-def test_class_and_text_are_written_and_judged_by_the_class(tmp_path):
+def test_class_and_text_are_written_and_judged_by_the_class(tmp_path, monkeypatch):
     data = collection(tmp_path / "a.parquet", per_word=7)
     small = SMALL | {"epochs": 0, "extra_epochs": 0, "target": "label_text", "vocabulary": "words"}
     job = SpeechJob("coconut")
     job.fit(str(data), tmp_path / "run", **small)
     assert job.texts[0] == "tone low | low"
+    monkeypatch.setattr(COCONUT, "write", lambda self, x, lengths, beam=None: known[: len(x)])
+    model = contralto.load(tmp_path / "run")
+    known = torch.from_numpy(model.vocabulary.encode(["tone low | mid", "tone top"], length=5))
+    said = model.answers([recording(300, 0), recording(700, 0)])
+    assert {name: c.to_pylist() for name, c in said.items()} == {
+        "text": ["tone low | mid", "tone top"], "intent": ["tone low", "tone top"], "confidence": said["confidence"].to_pylist(),
+    }  # fmt: skip
     assert intents(["tone low | hight", "tone  LOW"], Vocabulary) == ["tone low", "tone low"]
     assert intents(["a|b c"], Characters) == ["a"]
     with pytest.raises(DataError, match="stands between class and text"):

@@ -10,6 +10,7 @@ import torch
 from contralto.errors import UsageError
 from contralto.prototypes.gaussian import (
     Moments,
+    fitted_psi,
     log_evidence,
     log_split_ratio,
     moments,
@@ -235,3 +236,34 @@ def test_what_cannot_be_is_said():
     one = Moments(torch.ones(1), torch.zeros(1, 3), torch.zeros(1, 3, 3))
     with pytest.raises(UsageError, match="alpha"):
         log_split_ratio(one, one, niw_prior(x), alpha=0.0)
+
+
+CORNERS = 8 * np.eye(4)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_the_fitted_psi_keeps_labelled_classes_as_they_are_at_any_scale(scale):
+    x, owner = blobs([40, 60, 50, 45, 55, 40], scale * np.vstack([CORNERS, -CORNERS[:2]]), spread=scale)
+    labels = torch.from_numpy(np.where(owner < 4, owner, -1))
+    psi = fitted_psi(x, labels)
+    prior, known = niw_prior(x, psi=psi), labels >= 0
+    half = two_means(x[known], labels[known], 4, generator=seeded(0))
+    split = log_split_ratio(
+        *(moments(x[known], torch.where(half == side, labels[known], -1), 4) for side in (0, 1)), prior
+    )
+    each = moments(x, labels, 4)
+    for a in range(4):
+        assert split[a] < 0
+        for b in range(a):
+            pair = (Moments(each.count[[c]], each.mean[[c]], each.scatter[[c]]) for c in (a, b))
+            assert log_split_ratio(*pair, prior) > 0
+    assert psi == pytest.approx(scale**2 * fitted_psi(x / scale, labels), rel=1e-6)
+    found = split_and_merge(x, torch.from_numpy(owner), 6, prior, generator=seeded(), fixed=labels)
+    assert (found.splits, found.merges) == (0, 0)
+
+
+def test_psi_is_fitted_to_two_classes_at_least():
+    with pytest.raises(UsageError, match="two labelled classes at least, there are 1"):
+        fitted_psi(torch.randn(9, 2), torch.tensor([0] * 4 + [-1] * 5))
+    with pytest.raises(UsageError, match="class 1 has no labelled row"):
+        fitted_psi(torch.randn(3, 2), torch.tensor([0, 2, -1]))

@@ -61,11 +61,11 @@ class NumberTable:
         Names of the inputs.
     inputs : array (N, F) float64
     numbers : array (N,) float64
-        NaN where there is none: rows of which the number is not known can be told, but not learnt from.
+        NaN where they are not known: such rows can be told, but not learnt from.
     ids, splits, groups : arrays (N,) of str
         "" where the table has none.
     target : str
-        Name of the column of the numbers.
+        Name of the column of the numbers; "" where they are not known.
     skipped : tuple of (int, str)
         Rows that were left out, with the reason.
     """
@@ -149,13 +149,12 @@ def is_table(address: str) -> bool:
 
 def read_numbers(
     address: str,
-    target: str,
+    target: str | None,
     *,
     columns: Sequence[str] | None = None,
     id_column: str | None = None,
     split_column: str | None = None,
     group_column: str | None = None,
-    known: bool = True,
 ) -> NumberTable:
     r"""Read a table of numbers.
 
@@ -163,14 +162,12 @@ def read_numbers(
     ----------
     address : str
         Path or fsspec address: .csv, .jsonl, .jsonl.gz or .parquet.
-    target : str
-        Column of the number that is to be told.
+    target : str or None
+        Column of the number that is to be told; a row without it is left out. None: the numbers are not known.
     columns : sequence of str, optional
         The inputs; default: every other column that holds numbers, but for those of ids, splits and groups.
     id_column, split_column, group_column : str, optional
         Columns, where their names are not common ones.
-    known : bool
-        Every row must have its number: one without is left out. `False` keeps it.
 
     Returns
     -------
@@ -200,22 +197,24 @@ def read_numbers(
         if given is not None and given not in names:
             raise DataError(f"there is no column {given!r} for the {role}; there are {_told(names)}", file=address)
         roles[role] = given or next((n for n in ROLES[role] if n in names and n != target), None)
-    if known and target not in names:
+    if target is not None and target not in names:
         raise DataError(f"there is no column {target!r}; there are {_told(names)}", file=address)
     for name in columns or ():
         if name not in names or name == target:
-            raise DataError(
-                f"there is no column {name!r} to learn from beside {target!r}; there are {_told(names)}", file=address
-            )
+            told = "" if target is None else f" to learn from beside {target!r}"
+            raise DataError(f"there is no column {name!r}{told}; there are {_told(names)}", file=address)
     taken = list(columns) if columns else _numeric(rows, [n for n in names if n not in (target, *roles.values())])
     if not taken:
-        raise DataError(f"no column holds numbers beside {target!r}; there are {_told(names)}", file=address)
+        raise DataError(
+            f"no column holds numbers{'' if target is None else f' beside {target!r}'}; there are {_told(names)}",
+            file=address,
+        )
     inputs, numbers, words, places, skipped = [], [], [], [], []
     for row, fields in rows:
         cells = [_number(fields.get(n), n, address, row) for n in taken]
-        number = _number(fields.get(target), target, address, row)
+        number = math.nan if target is None else _number(fields.get(target), target, address, row)
         empty = [n for n, c in zip(taken, cells, strict=True) if math.isnan(c)]
-        if not empty and known and math.isnan(number):
+        if not empty and target is not None and math.isnan(number):
             empty = [target]
         if empty:
             skipped.append((row, f"no value of {empty[0]!r}"))
@@ -229,7 +228,7 @@ def read_numbers(
     ids, splits, groups = np.array(words, dtype=np.str_).T
     ids = np.where(ids == "", places, ids)
     return NumberTable(
-        tuple(taken), np.array(inputs, np.float64), np.array(numbers, np.float64), ids, splits, groups, target,
+        tuple(taken), np.array(inputs, np.float64), np.array(numbers, np.float64), ids, splits, groups, target or "",
         tuple(skipped),
     )  # fmt: skip
 
@@ -286,9 +285,9 @@ def read_class_vectors(address: str) -> ClassVectors:
 
 def _rows(address: str) -> Iterator[tuple[int, dict[str, Any]]]:
     fs, path = open_filesystem(str(address))
-    if not fs.isfile(path):
+    if not fs.exists(path):
         raise DataError("there is no such file", file=str(address))
-    if not path.lower().endswith(SUFFIXES):
+    if not fs.isfile(path) or not path.lower().endswith(SUFFIXES):
         raise DataError(f"a table of numbers is {', '.join(SUFFIXES)}", file=str(address))
     if path.lower().endswith(".parquet"):
         with fs.open(path, "rb") as file:

@@ -1,10 +1,11 @@
-"""How many classes there are, if some rows of some classes are labelled: two ways, each with its uncertainty.
+"""How many classes there are, if some rows of some classes are labelled: four ways, each with its uncertainty.
 
 *search*, the usual baseline of category discovery: half of the labelled classes lose their labels, rows are clustered into K
 clusters with the labels that are left, and K is the one that recovers the hidden classes best (Brent's bounded search).
-*split*: a Gaussian mixture with splits and merges (GPC), from too many clusters; what it finds depends on its prior. Either is
-repeated on half of the rows, drawn anew each time, which gives the interval. (Rows drawn with replacement would not do: two equal
-rows are a cluster to a mixture.)
+*whole*: no label is told, rows are clustered into many numbers K of clusters, and K is the one at which labelled classes lie in
+clusters of their own best. *both* pools the two, which err in different ways. *split*: a Gaussian mixture with splits and
+merges (GPC), from too many clusters; what it finds depends on its prior. Each is repeated on half of the rows, drawn anew each
+time, which gives the interval. (Rows drawn with replacement would not do: two equal rows are a cluster to a mixture.)
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment, minimize_scalar
 
 from contralto.errors import UsageError
-from contralto.neighbors.kmeans import cluster_sums, rows_of, semi_supervised_kmeans
+from contralto.neighbors.kmeans import cluster_sums, kmeans, rows_of, semi_supervised_kmeans
 from contralto.prototypes.gaussian import niw_prior, split_and_merge
 
 __all__ = ["Estimate", "estimate_number", "rounds_of_splits", "within_variance"]
@@ -34,10 +35,10 @@ class Estimate:
     number : int
         Median of the repetitions.
     low, high : int
-        Percentiles 2.5 and 97.5 of the repetitions.
+        Percentiles 10 and 90 of the repetitions.
     tried : dict of int to float
-        What speaks for each number that was tried: the mean accuracy on hidden classes (search), or the share of the
-        repetitions that ended there (split).
+        What speaks for each number that was tried: the mean accuracy on hidden classes (search), how well labelled classes lie
+        in clusters of their own (whole, both), or the share of the repetitions that ended there (split).
     """
 
     number: int
@@ -55,7 +56,7 @@ def estimate_number(
     seed: int = 0,
     restarts: int = 3,
     repeats: int = 10,
-    method: Literal["search", "split"] = "search",
+    method: Literal["search", "whole", "both", "split"] = "both",
     psi: float | None = None,
     max_rows: int = 5000,
     normalize: bool = True,
@@ -66,7 +67,7 @@ def estimate_number(
     ----------
     features : array (N, D)
     labels : array (N,)
-        Class of every row, -1 = unknown. "search" takes at least four classes.
+        Class of every row, -1 = unknown. "search" and "both" take at least four classes, "whole" two.
     low, high : int, optional
         Bounds of the number; default: the number of labelled classes C, and 3 C + 20.
     seed : int
@@ -74,7 +75,7 @@ def estimate_number(
         Of every k-means.
     repeats : int
         Drawings of half of the rows, from which the interval comes.
-    method : {"search", "split"}
+    method : {"search", "whole", "both", "split"}
     psi : float, optional
         Of "split", see `rounds_of_splits`; default: a quarter of the variance within the labelled classes. It is the scale of the
         narrow directions of a class that counts, and classes are narrower in most directions than on average.
@@ -107,9 +108,9 @@ def estimate_number(
     if min(restarts, repeats, max_rows) < 1:
         raise UsageError(f"restarts, repeats and max_rows must be at least 1, got {restarts}, {repeats} and {max_rows}")
     classes = len(np.unique(given[given >= 0]))
-    needed = {"search": 4, "split": 1}
+    needed = {"search": 4, "whole": 2, "both": 4, "split": 1}
     if method not in needed:
-        raise UsageError(f"method must be search or split, got {method!r}")
+        raise UsageError(f"method must be search, whole, both or split, got {method!r}")
     if classes < needed[method]:
         raise UsageError(f"method={method!r} needs at least {needed[method]} labelled classes, got {classes}")
     low = classes if low is None else low
@@ -123,16 +124,20 @@ def estimate_number(
         rng = np.random.default_rng([seed, repeat])
         rows = _drawn(given, max_rows, rng)
         bounds = low, max(low, min(high, int((given[rows] < 0).sum())))
-        if method == "search":
+        if method in ("search", "both"):
             number, tried = _search(data[rows], given[rows], *bounds, restarts, rng)
-        else:
+            found.append(number)
+        if method in ("whole", "both"):
+            number, tried = _whole(data[rows], given[rows], *bounds, restarts, rng)
+            found.append(number)
+        if method == "split":
             number, tried = _split(data[rows], given[rows], *bounds, restarts, psi or 0.0, rng)
-        found.append(number)
+            found.append(number)
         scores.append(tried)
     mean = {k: float(np.mean([s[k] for s in scores if k in s])) for k in sorted({k for s in scores for k in s})}
     if method == "split":
         mean = {k: sum(s.get(k, 0.0) for s in scores) / repeats for k in mean}
-    lower, middle, upper = np.percentile(found, [2.5, 50, 97.5])
+    lower, middle, upper = np.percentile(found, [10, 50, 90])
     return Estimate(round(middle), int(np.floor(lower)), int(np.ceil(upper)), mean)
 
 
@@ -247,6 +252,27 @@ def _search(
     minimize_scalar(wrong, bounds=(low, high), method="bounded", options={"xatol": 0.5, "maxiter": 20})
     best = max(tried.values())
     return min(k for k, v in tried.items() if v == best), tried
+
+
+def _whole(
+    data: Array, labels: Labels, low: int, high: int, restarts: int, rng: np.random.Generator
+) -> tuple[int, dict[int, float]]:
+    """The number of clusters at which labelled classes are clusters, and their mean F-measure at numbers a tenth apart.
+
+    Of numbers within half a percent the largest is taken: too few clusters mix classes without labels, which no label tells.
+    """
+    known, tried, k = labels >= 0, {}, low
+    classes = np.unique(labels[known], return_inverse=True)[1]
+    size = np.bincount(classes)
+    while k <= high:
+        seed = int(rng.integers(2**31))
+        found = kmeans(data, k, seed=seed, iterations=50, restarts=restarts, normalize=False).labels[known]
+        share = np.zeros((len(size), k))
+        np.add.at(share, (classes, found), 1 / size[classes])  # every class counts as one, whatever its size
+        tried[k] = float((2 * share / (1 + share.sum(0))).max(1).mean())
+        k = max(k + 1, round(1.1 * k))
+    best = max(tried.values())
+    return max(k for k, v in tried.items() if v >= best - 0.005), tried
 
 
 def _split(

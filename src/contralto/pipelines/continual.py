@@ -8,13 +8,14 @@ and what is read off them) and `report.html`. An interrupted stream goes on wher
 result.
 """
 
+import copy
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +23,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from contralto.data.canvas import CanvasDataset
+from contralto.cluster import map_blocks
+from contralto.data.canvas import CanvasDataset, as_it_is
+from contralto.data.dataset import FeatureDataset
 from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.tasks import Task, TaskSampler, split_by_class, split_by_domain, split_by_drift, task_of_samples
-from contralto.encoders.features import device_of
-from contralto.encoders.image import save_encoder
+from contralto.encoders.features import EncodePictures, cached_array, device_of
+from contralto.encoders.image import ImageEncoder, adapted, save_encoder
 from contralto.encoders.pictures import PictureReader, picture_blocks
 from contralto.errors import DataError, UsageError
 from contralto.evaluation.classification import accuracy_interval, group_numbers
 from contralto.evaluation.continual import accuracy_matrix, continual_scores, right_answers
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.embedding import CROP
+from contralto.pipelines.frozen import features_of_view, layers_behind
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.continual import PROTOCOLS, write_continual_report
@@ -42,11 +47,16 @@ from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import Classifier, load
 from contralto.systems.continual.base import ContinualSystem
 from contralto.systems.registry import SYSTEMS
+from contralto.views.batched import BatchView
 from contralto.views.image import EvalView
 
 __all__ = ["Continual", "held_out"]
 
 Array = npt.NDArray[Any]
+FEATURES = 8192
+"""Rows at a time through layers that take features."""
+SCALE = (0.5, 1.0)
+"""Of crops for a frozen encoder, which cannot learn to overlook what strong views change."""
 SCORES = {
     "average": "accuracy, mean over tasks", "incremental": "accuracy, mean over the stream", "forgetting": "forgetting",
     "backward": "backward transfer",
@@ -86,13 +96,38 @@ def held_out(
     return held
 
 
+class Stream(NamedTuple):
+    """The tasks of a finished run, with its classes by name, whose places are the numbers in `tasks`, and its arguments."""
+
+    tasks: list[Task]
+    names: list[str]
+    arguments: dict[str, Any]
+
+    def task_of(self, labels: Array, domains: Array) -> Array:
+        """Task (N,) of samples by class, and by domain where that is what the run was cut by; -1 for none."""
+        return task_of_samples(self.tasks, labels, domains if self.arguments["split_by"] == "domain" else None)
+
+
+class Answers(NamedTuple):
+    """Whether a finished model is right on other samples: by the name of a score, with further scores, and on which samples."""
+
+    right: dict[str, Array]
+    labels: Array
+    tasks: Array
+    groups: Array
+    split: str | None
+    more: dict[str, Any]
+
+
 class Continual(Pretraining):
     """The job behind ``contralto fit`` for one system that learns task by task.
 
-    A job for something else than pictures says differently how to `ingest`, `loader`, `embed`, `ask` and `finish`.
+    A job for something else than pictures says differently how to `ingest`, `loader`, `embed`, `ask`, `finish` and `answer`.
     """
 
     things: ClassVar[str] = "pictures"
+    use: ClassVar[str] = 'predict(["a.jpg", "b.jpg"])'
+    limits: ClassVar[str] = "It names one of its classes for any picture."
     protocols: ClassVar[dict[str, str]] = PROTOCOLS
     shown: ClassVar[dict[str, str]] = SCORES
 
@@ -106,6 +141,9 @@ class Continual(Pretraining):
         shuffle_classes: bool = True,
         drift_width: float = 0.5,
         test_share: float = 0.2,
+        frozen: bool = False,
+        variants: int = 2,
+        cache: str | None = None,
         **rest: Any,
     ) -> Path:
         """Learn labelled pictures in a stream of tasks, and measure after each what is known of all so far.
@@ -127,6 +165,13 @@ class Continual(Pretraining):
             Of "drift": deviation of the time at which a picture comes, in lengths of a task.
         test_share : float
             Share that is kept for testing where the data has no split `test`.
+        frozen : bool
+            Beyond the papers: the encoder stays as it is, its features of a few views of each picture (large crops and flips) are
+            computed once, and two layers learn on them, which begin by centring those of the first task.
+        variants : int
+            With `frozen`: how many draws of each view are kept.
+        cache : str, optional
+            Where features of the frozen encoder are kept; default: in the run folder. Runs that share it compute them once.
         **rest
             Arguments of `Pretraining.fit` and of the system.
 
@@ -157,6 +202,14 @@ class Continual(Pretraining):
         DataError
             If a task has too few pictures to learn from or to test.
         """
+        a = self.arguments
+        if a["variants"] < 1:
+            raise UsageError(f"variants must be at least 1, got {a['variants']}")
+        if a["frozen"] and not (a["pretrained"] or (Path(a["image_encoder"]) / "encoder.json").is_file()):
+            raise UsageError(
+                f"--frozen needs an encoder that has learnt something: {a['image_encoder']} begins without weights. Add "
+                f"--pretrained with an encoder that has weights, such as efficientnet-lite0, or name a folder of an encoder"
+            )
         super().ingest()
         self.divide(self.manifest.right_labels, self.manifest.column("group").astype(str), *self.manifest.split_of())
 
@@ -225,6 +278,60 @@ class Continual(Pretraining):
             return split_by_drift(self.labels, a["tasks"], width=a["drift_width"], seed=a["seed"])
         return split_by_class(self.labels, a["tasks"], seed=seed)
 
+    # Features of a frozen encoder.
+
+    @property
+    def begun(self) -> ImageEncoder:
+        """The encoder as it was before the training."""
+        if not hasattr(self, "_begun"):
+            self._begun = super().encoder()
+        return self._begun
+
+    @property
+    def plain(self) -> Array:
+        """Its features (M, F) of all pictures of the manifest as they are, float16, from the disk."""
+        if not hasattr(self, "_plain"):
+            encoder, rows = self.begun, np.arange(len(self.manifest))
+            view = EvalView(encoder.size, CROP, encoder.mean, encoder.std)
+            setup = copy.deepcopy(encoder), device_of(self.arguments["accelerator"]), self.manifest.root, view
+            self._plain = self.cached(
+                "plain", {"view": repr(view)},
+                lambda: map_blocks(EncodePictures, picture_blocks(self.manifest, rows), setup=setup), len(rows),
+            )  # fmt: skip
+        return self._plain
+
+    def drawn(self, view: BatchView, variant: int) -> Array:
+        """Its features (N, F) of one drawing of a view of all pictures to learn from, likewise."""
+        encoder, seed = self.begun, self.arguments["seed"]
+        device = device_of(self.arguments["accelerator"])
+        key = {
+            "view": repr(view), "variant": variant, "seed": seed, "side": self.canvas(view.size), "rows": self.rows.tolist()
+        }  # fmt: skip
+        return self.cached(
+            "view", key,
+            lambda: features_of_view(encoder, self.dataset(view.size), view, variant, seed=seed, device=device),
+            len(self.rows),
+        )  # fmt: skip
+
+    def cached(self, name: str, key: dict[str, Any], compute: Callable[[], Iterable[Array]], count: int) -> Array:
+        """Features that are computed once, and the time that took."""
+        started = time.perf_counter()
+        key |= {"encoder": self.begun.fingerprint(), "pictures": self.manifest.fingerprint()}
+        found = cached_array(self.arguments["cache"] or self.out / "features", name, key, compute, rows=count)
+        self.seconds["features"] = round(self.seconds.get("features", 0.0) + time.perf_counter() - started, 2)
+        return found
+
+    def encoder(self, seed: int | None = None) -> ImageEncoder:
+        """What learns: the encoder, or with `frozen` the layers behind it, for which features are the input."""
+        if not self.arguments["frozen"]:
+            return super().encoder(seed)
+        return layers_behind(self.begun, self.plain[self.rows[self.tasks[0].rows]])
+
+    def whole(self) -> ImageEncoder:
+        """The encoder that is used afterwards: with what was learnt behind it."""
+        learnt = super().whole()
+        return adapted(self.begun, learnt.backbone).eval() if self.arguments["frozen"] else learnt
+
     # Training.
 
     def learn(self) -> ContinualSystem:
@@ -282,14 +389,33 @@ class Continual(Pretraining):
         """Batches of the task, and of what is kept of earlier ones."""
         return {"batch_sampler": self.sampler}
 
+    def loader(self, module: EncoderSystem) -> DataLoader[Any]:
+        """Pictures, or with `frozen` the features of their views."""
+        if not self.arguments["frozen"]:
+            return super().loader(module)
+        variants, base = self.arguments["variants"], self.begun
+        mild = BatchView(base.size, SCALE, mean=base.mean, std=base.std)
+        views = [  # each has drawings of its own, so that the two of a picture are never the same one
+            np.stack([self.drawn(mild, number * variants + v) for v in range(variants)])
+            for number in range(len(module.views(base.size, base.mean, base.std)))
+        ]
+        fields = {"label": torch.from_numpy(self.labels), "replayed": self.replayed}
+        return DataLoader(
+            FeatureDataset(views, fields, seed=self.arguments["seed"]), collate_fn=as_it_is, **self.order(module)
+        )
+
     def dataset(self, size: int) -> CanvasDataset:
         """The pictures, with a field that says which of them are replayed."""
         dataset = super().dataset(size)
         dataset.fields["replayed"] = self.replayed
         return dataset
 
-    def pixels(self, module: ContinualSystem, rows: Array) -> Iterator[Tensor]:
-        """Pictures of the manifest as they are, without augmentation, in batches on the device."""
+    def inputs(self, module: ContinualSystem, rows: Array) -> Iterator[Tensor]:
+        """What the encoder takes of pictures of the manifest, without augmentation, in batches on the device."""
+        if self.arguments["frozen"]:
+            for part in np.array_split(rows, -(-len(rows) // FEATURES)):
+                yield torch.from_numpy(self.plain[part].astype(np.float32)).to(module.device)
+            return
         encoder: Any = module.encoder
         reader = PictureReader(self.manifest.root, EvalView(encoder.size, CROP, encoder.mean, encoder.std))
         for block in picture_blocks(self.manifest, rows):
@@ -299,7 +425,7 @@ class Continual(Pretraining):
         """Features (N, F) of pictures of the manifest by the encoder as it is."""
         module.eval().to(device_of(self.arguments["accelerator"]))
         with torch.inference_mode():
-            found = torch.cat([module.embed(x).float().cpu() for x in self.pixels(module, rows)])
+            found = torch.cat([module.embed(x).float().cpu() for x in self.inputs(module, rows)])
         module.cpu()
         return found
 
@@ -309,7 +435,7 @@ class Continual(Pretraining):
         rows, labels, tasks = self.test_rows[asked], self.test_labels[asked], self.test_tasks[asked]
         module.eval().to(device_of(self.arguments["accelerator"]))
         with torch.inference_mode():
-            logits = torch.cat([module.predict_logits(x).float().cpu() for x in self.pixels(module, rows)])
+            logits = torch.cat([module.predict_logits(x).float().cpu() for x in self.inputs(module, rows)])
         module.cpu()
         classes = [t.classes for t in self.tasks]
         right = right_answers(logits.numpy(), labels, tasks, classes)
@@ -334,7 +460,7 @@ class Continual(Pretraining):
         names = [self.manifest.class_names[c] for c in seen.tolist()]
         temperature = float(getattr(module, "temperature", 1.0)) if module.rule == "cosine" else 1.0
         model = Classifier.of(
-            encoder, self.arguments["image_encoder"], names, module.class_weights()[seen], rule=module.rule,
+            encoder, encoder.name, names, module.class_weights()[seen], rule=module.rule,
             temperature=temperature, crop=CROP,
         )  # fmt: skip
         metrics = self.measures()
@@ -389,30 +515,37 @@ class Continual(Pretraining):
     def card(self, names: list[str], metrics: dict[str, Any]) -> str:
         """The README of the model."""
         lines = [
-            f"# Classifier of {len(names)} classes, learnt in {len(self.tasks)} tasks",
+            f"# {self.headline(names)}, learnt in {len(self.tasks)} tasks",
             "",
+            *self.origin(names),
+            "",
+            "    import contralto",
+            f'    contralto.load("path/to/this/folder").{self.use}',
+            "",
+            f"## After the last task, on {len(self.test_rows)} test {self.things}",
+            "",
+            "| | value | 95 % interval |",
+            "|---|---|---|",
+            *(f"| {n} | {s['value']:.1%} | {s['low']:.1%} to {s['high']:.1%} |" for n, s in metrics["scores"].items()),
+            "",
+            "## Limits",
+            "",
+            f"What was learnt first is known worst. {self.limits}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def headline(self, names: list[str]) -> str:
+        """What the model is, in a few words."""
+        return f"Classifier of {len(names)} classes"
+
+    def origin(self, names: list[str]) -> list[str]:
+        """Lines on what it knows and what it was learnt from."""
+        return [
             f"Classes: {', '.join(names)}",
             "",
             f"Learnt by {SYSTEMS[self.name].title} from {len(self.rows)} labelled pictures, one task after another; encoder "
             f"{self.arguments['image_encoder']}, input {self.module.encoder.size} px.",
-            "",
-            "    import contralto",
-            '    contralto.load("path/to/this/folder").predict(["a.jpg", "b.jpg"])',
-            "",
-            f"## After the last task, on {len(self.test_rows)} test pictures",
-            "",
-            "| | value | 95 % interval |",
-            "|---|---|---|",
         ]
-        for name, score in metrics["scores"].items():
-            lines.append(f"| {name} | {score['value']:.1%} | {score['low']:.1%} to {score['high']:.1%} |")
-        lines += [
-            "",
-            "## Limits",
-            "",
-            "What was learnt first is known worst. It names one of its classes for any picture.",
-        ]
-        return "\n".join(lines) + "\n"
 
     def evaluate(
         self,
@@ -424,15 +557,18 @@ class Continual(Pretraining):
         group_column: str | None = None,
         split: str | None = None,
     ) -> dict[str, Any]:
-        """Measure the finished model on other pictures: accuracy without knowing the task of a picture, and knowing it, by task.
+        """Measure the finished model on other samples: what is right, of all and by task.
+
+        Of pictures, not knowing the task and knowing it; of recordings, what is recognised, and how many words are wrong.
 
         Parameters
         ----------
         run : path
         data : str
-            Pictures with labels, of the classes of the run.
+            Samples with labels, of the classes of the run; or recordings with what is said.
         label_column, image_column, group_column : str, optional
-            Columns, where their names are not common ones; of a run by domains, `group_column` says the domain.
+            Columns (of recordings: `image_column`), where their names are not common ones; of a run by domains, `group_column`
+            says the domain.
         split : str, optional
             Default: `test` if there is one, else all.
 
@@ -444,37 +580,57 @@ class Continual(Pretraining):
         Raises
         ------
         DataError
-            If no picture has a label of a class that the run knows.
+            If there is nothing to measure.
         """
         run = Path(run)
         with naming(run / "metrics.json"):
             told = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["tasks"]
         with naming(run / "config.json"):
-            by_domain = json.loads((run / "config.json").read_text("utf-8"))["arguments"]["split_by"] == "domain"
+            arguments = json.loads((run / "config.json").read_text(encoding="utf-8"))["arguments"]
+        names = list(dict.fromkeys(name for t in told for name in t["classes"]))
+        tasks = [Task(t["name"], tuple(names.index(c) for c in t["classes"]), np.zeros(0, np.int64)) for t in told]
+        columns = {"label_column": label_column, "image_column": image_column, "group_column": group_column}
+        said = self.answer(run, data, split, columns, Stream(tasks, names, arguments))
+        scores, groups = {}, None if arguments["split_by"] == "domain" else said.groups
+        labels = np.maximum(said.labels, 0)
+        for name, right in said.right.items():
+            scores[name] = accuracy_interval(right, labels, groups=groups).score()
+            for place, task in enumerate(tasks):
+                mine = said.tasks == place
+                if mine.any():
+                    scores[f"{name}, {task.name}"] = accuracy_interval(right[mine], labels[mine]).score()
+        return {"scores": scores | said.more, "n": len(labels), "split": said.split}
+
+    def answer(self, run: Path, data: str, split: str | None, columns: dict[str, Any], stream: "Stream") -> "Answers":
+        """What a finished model says of other pictures, and whether that is right.
+
+        Parameters
+        ----------
+        run, data, split
+            See `evaluate`.
+        columns : dict
+            Those that were named.
+        stream : Stream
+            Of the run.
+
+        Raises
+        ------
+        DataError
+            If no picture has a label of a class that the run knows.
+        """
         model = load(run)
-        manifest: Manifest = ingest(
-            data, label_column=label_column, image_column=image_column, group_column=group_column, image_filter=False
-        )
-        number = {name: c for c, name in enumerate(model.classes)}
-        of_class = np.array([*(number.get(name, -1) for name in manifest.class_names), -1], np.int64)
-        labels = of_class[manifest.right_labels]
-        tasks = [Task(t["name"], tuple(number[c] for c in t["classes"]), np.zeros(0, np.int64)) for t in told]
+        manifest: Manifest = ingest(data, image_filter=False, **columns)
+        number = {name: c for c, name in enumerate(stream.names)}
+        labels = np.array([*(number.get(n, -1) for n in manifest.class_names), -1], np.int64)[manifest.right_labels]
         groups = manifest.column("group").astype(str)
-        of_task = task_of_samples(tasks, labels, groups if by_domain else None)
+        of_task = stream.task_of(labels, groups)
         wanted, tested = manifest.split_of(split)
         rows = np.flatnonzero(tested & (of_task >= 0))
         if not len(rows):
             known = ", ".join(model.classes[:5])
             raise DataError(f"no picture has a label of a class that the run knows ({known}, ...)", file=data)
         probabilities = model.predict([manifest.read_bytes(int(r)) for r in rows]).probabilities
-        right = right_answers(probabilities, labels[rows], of_task[rows], [t.classes for t in tasks])
-        scores = {}
-        for told_as, answers in zip(PROTOCOLS.values(), right, strict=True):
-            value = accuracy_interval(answers, labels[rows], groups=None if by_domain else groups[rows])
-            scores[f"{told_as}: accuracy"] = value.score()
-            for place, task in enumerate(tasks):
-                mine = of_task[rows] == place
-                if mine.any():
-                    interval = accuracy_interval(answers[mine], labels[rows][mine])
-                    scores[f"{told_as}: accuracy, {task.name}"] = interval.score()
-        return {"scores": scores, "n": len(rows), "split": wanted}
+        probabilities = probabilities[:, [model.classes.index(name) for name in stream.names]]
+        right = right_answers(probabilities, labels[rows], of_task[rows], [t.classes for t in stream.tasks])
+        told = {f"{name}: accuracy": r for name, r in zip(PROTOCOLS.values(), right, strict=True)}
+        return Answers(told, labels[rows], of_task[rows], groups[rows], wanted, {})

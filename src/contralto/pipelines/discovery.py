@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,7 @@ from contralto.data.ingest import ingest
 from contralto.data.manifest import Manifest
 from contralto.data.names import NAMES, called, new_names, read_names, save_names
 from contralto.data.partial import HalfLabelledSampler
-from contralto.encoders.features import EncodePictures, cached_array, device_of, encode_batches
-from contralto.encoders.heads import identity_mlp
+from contralto.encoders.features import EncodePictures, cached_array, device_of
 from contralto.encoders.image import ImageEncoder, adapted, save_encoder
 from contralto.encoders.pictures import picture_blocks
 from contralto.errors import DataError, UsageError
@@ -42,6 +41,7 @@ from contralto.files import naming, write_atomically, write_json
 from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.how_many import estimate_number
 from contralto.neighbors.knn import unit_rows
+from contralto.pipelines.frozen import BLOCK, features_of_view, layers_behind
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.discovered import CLASSES, FOUND, MAP, Discoveries, write_discovery_report
@@ -50,14 +50,13 @@ from contralto.systems.classifier import Classifier, load
 from contralto.systems.discovery.base import Discovered, DiscoverySystem, nearest_prototypes
 from contralto.systems.registry import SYSTEMS
 from contralto.training.probes import OnlineProbe
-from contralto.views.batched import BatchView, draw_batch
+from contralto.views.batched import BatchView
 from contralto.views.image import EvalView
 
 __all__ = ["Discovery"]
 
 Array = npt.NDArray[Any]
 CROP = 0.875
-BLOCK, BATCH = 512, 64
 DIRECTIONS = 64
 """Principal directions in which classes are counted."""
 MAPPED = 1500
@@ -246,8 +245,9 @@ class Discovery(Pretraining):
         self.console.print(f"  {self.new} new classes; 95 % interval {max(low, 0)} to {max(high, 0)}", highlight=False)
 
     def _estimate(self) -> dict[str, Any]:
-        x = principal_rows(self.plain.astype(np.float32) - self.centre()[0], DIRECTIONS)
-        method: Literal["search", "split"] = "search" if len(self.old) >= 4 else "split"
+        x = self.plain.astype(np.float32)
+        x = principal_rows(x - x.mean(0), DIRECTIONS)
+        method: Literal["both", "whole"] = "both" if len(self.old) >= 4 else "whole"
         most = self.arguments["most_classes"]
         if most is not None and most <= len(self.old):
             raise UsageError(f"most_classes must be above the number of labelled classes, {len(self.old)}; got {most}")
@@ -262,11 +262,6 @@ class Discovery(Pretraining):
     def plain(self) -> Array:
         """Features (N, F) of all pictures by the encoder as it was before the training; float16, from the disk."""
         return self.features(self.begun, "features")
-
-    def centre(self) -> tuple[Array, float]:
-        """Mean (F,) of these features, and the root of the mean variance of a feature."""
-        x = self.plain.astype(np.float32)
-        return x.mean(0), float(max(np.sqrt(x.var(0).mean()), 1e-6))
 
     @property
     def begun(self) -> ImageEncoder:
@@ -303,19 +298,9 @@ class Discovery(Pretraining):
         }
 
         def compute() -> Iterable[Array]:
-            pictures = self.dataset(view.size)
-
-            def pixels(start: int) -> Iterator[torch.Tensor]:
-                for first in range(start, min(start + BLOCK, len(pictures)), BATCH):
-                    rows = range(first, min(first + BATCH, len(pictures)))
-                    batch = pictures.__getitems__([(variant, row) for row in rows])
-                    place = {"seed": self.arguments["seed"], "epoch": variant, "index": batch["index"]}
-                    yield draw_batch([view], batch["pictures"], batch["sizes"], **place)[0][0]
-
-            starts = range(0, len(pictures), BLOCK)
-            device = device_of(self.arguments["accelerator"])
-            blocks = (encode_batches(encoder, pixels(start), device=device) for start in starts)
-            return self._shown(blocks, f"view {variant + 1}", len(starts))
+            pictures, device = self.dataset(view.size), device_of(self.arguments["accelerator"])
+            blocks = features_of_view(encoder, pictures, view, variant, seed=self.arguments["seed"], device=device)
+            return self._shown(blocks, f"view {variant + 1}", -(-len(pictures) // BLOCK))
 
         return cached_array(self.cache, "view", key, compute, rows=len(self.labels))
 
@@ -351,13 +336,7 @@ class Discovery(Pretraining):
         """What learns: the encoder, or with `frozen` the layers behind it, for which features are the input."""
         if not self.arguments["frozen"]:
             return super().encoder(seed)
-        base, adapter = self.begun, identity_mlp(self.begun.num_features)
-        mean, spread = self.centre()
-        first: Any = adapter[0]
-        with torch.no_grad():  # features after a ReLU all point one way: cosines would hardly tell them apart
-            first.weight.div_(spread)
-            first.bias.copy_(torch.from_numpy(-mean / spread))
-        return ImageEncoder("adapter", adapter, base.num_features, base.size, base.mean, base.std)
+        return layers_behind(self.begun, self.plain)
 
     def facts(self, encoder: ImageEncoder) -> dict[str, Any]:
         """Old classes are those with labels; new ones as many as were counted."""

@@ -4,7 +4,7 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ class Embedder:
         Trained; its encoder knows the size and normalisation of pictures.
     """
 
-    multilabel = False
+    kind: ClassVar[Literal["image"]] = "image"
 
     def __init__(self, system: EncoderSystem) -> None:
         self.system = system.eval()
@@ -76,6 +76,8 @@ class Embedder:
             "a pretrained encoder knows no classes: use `contralto embed`, or `contralto evaluate` with labels"
         )
 
+    answers = predict
+
     def to(self, device: str) -> "Embedder":
         """Move to a device."""
         self.system.to(device)
@@ -101,7 +103,7 @@ def load_embedder(folder: str | Path, *, device: str = "cpu") -> Embedder:
         arguments = config["arguments"]
         encoder = image_encoder(arguments["image_encoder"], pretrained=False, size=built["size"])
         encoder.mean, encoder.std = tuple(built["mean"]), tuple(built["std"])
-        names = inspect.signature(system.__init__).parameters
+        names = inspect.signature(system).parameters
         facts = {k: v for k, v in built.items() if k in names}
         module = system(encoder, **{k: v for k, v in arguments.items() if k in names}, **facts)
     load_weights(module, folder / "training" / "weights.safetensors")

@@ -4,7 +4,8 @@
 
 The run folder holds `manifest/`, `training/` (and `baseline/`, plain cross-entropy from the same start, with `--baseline`),
 `model/` (for `contralto predict`, `contralto evaluate` and `contralto.load`), `encoder/` (a name for `--image_encoder`),
-`predictions.parquet` (what is said of every test picture), `metrics.json` and `report.html`. It goes on where it stopped.
+`predictions.parquet` (what is said of every test picture), `answers.png` (some of them, sorted to the classes that they are taken
+for), `metrics.json` and `report.html`. It goes on where it stopped.
 """
 
 import inspect
@@ -29,7 +30,8 @@ from contralto.pipelines.continual import held_out
 from contralto.pipelines.embedding import CROP
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
-from contralto.review.encoder import write_encoder_report
+from contralto.review.episodes import episode_sheet
+from contralto.review.tuned import write_tuned_report
 from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import Classifier, load
 from contralto.systems.finetuning.base import FineTuning
@@ -39,6 +41,8 @@ __all__ = ["FineTuningJob"]
 Integers = npt.NDArray[np.int64]
 SHOWN = 600
 """Pictures on the page."""
+ROWS, EACH = 12, 8
+"""Classes of the sheet of answers, and test pictures of each."""
 
 
 class FineTuningJob(Pretraining):
@@ -129,7 +133,7 @@ class FineTuningJob(Pretraining):
         self.plain: FineTuning | None = None
         if self.arguments["baseline"]:
             encoder = self.encoder()
-            names = inspect.signature(FineTuning.__init__).parameters
+            names = inspect.signature(FineTuning).parameters
             given = {k: v for k, v in (self.arguments | self.facts(encoder)).items() if k in names}
             self.plain = FineTuning(encoder, **given | {"eta": 0.0})
             self.train(self.plain, self.out / "baseline")
@@ -172,15 +176,34 @@ class FineTuningJob(Pretraining):
             "id": self.manifest.column("id")[self.test_rows].tolist(), "label": names[labels].tolist(),
             "predicted": names[predicted].tolist(), "confidence": found.max(1).astype(np.float32),
         }  # fmt: skip
-        scores = _accuracies(right, labels, groups, "accuracy")
+        scores, answers = _accuracies(right, labels, groups, "accuracy"), [(self.name, found)]
         if self.plain is not None:
-            of_plain = self.probabilities(self.classifier(self.plain)).argmax(1)
-            columns["baseline"] = names[of_plain].tolist()
-            right_plain = (of_plain == labels).astype(float)
+            of_plain = self.probabilities(self.classifier(self.plain))
+            answers.insert(0, ("cross-entropy", of_plain))
+            columns["baseline"] = names[of_plain.argmax(1)].tolist()
+            right_plain = (of_plain.argmax(1) == labels).astype(float)
             scores |= _accuracies(right_plain, labels, groups, "accuracy of cross-entropy")
             scores |= _accuracies(right - right_plain, labels, groups, "difference")
         write_atomically(self.out / "predictions.parquet", lambda path: pq.write_table(pa.table(columns), path))
+        self.draw_answers(labels, answers)
         return scores
+
+    def draw_answers(self, labels: Integers, answers: list[tuple[str, npt.NDArray[np.float32]]]) -> None:
+        """Write `answers.png`: which of some classes each of their test pictures is taken for, by probabilities (N, C)."""
+        seed = self.arguments["seed"]
+        classes = np.intersect1d(self.labels, labels)  # those of which there is a picture to learn from as well
+        shown = np.sort(np.random.default_rng([seed, 26]).permutation(classes)[:ROWS])
+        asked = _shots(labels, EACH, seed)
+        asked = asked[np.isin(labels[asked], shown)]
+        if not len(asked):
+            return
+        known = [int(self.rows[self.labels == c][0]) for c in shown]
+        pictures = [decode_image(self.manifest.read_bytes(row)) for row in (*known, *self.test_rows[asked].tolist())]
+        taken = [(title, found[asked][:, shown].argmax(1)) for title, found in answers]
+        sheet = episode_sheet(
+            pictures[: len(shown)], pictures[len(shown) :], np.searchsorted(shown, labels[asked]), taken
+        )
+        write_atomically(self.out / "answers.png", lambda path: sheet.save(path, "PNG"))
 
     @torch.inference_mode()
     def probabilities(self, model: Classifier) -> npt.NDArray[np.float32]:
@@ -194,7 +217,7 @@ class FineTuningJob(Pretraining):
         return np.concatenate(parts)
 
     def report(self, run: str | Path, *, out: str | Path | None = None) -> Path:
-        """The page: what the encoder now finds alike among test pictures, a map, the course of the training."""
+        """The page: what is said of test pictures, what the encoder now finds alike, a map, the course of the training."""
         run, model, manifest = Path(run), load(run), Manifest.load(Path(run) / "manifest")
         ids, rows = manifest.column("id").astype(str), np.arange(len(manifest))
         if (run / "predictions.parquet").exists():
@@ -203,7 +226,7 @@ class FineTuningJob(Pretraining):
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:SHOWN])
         pictures = [decode_image(manifest.read_bytes(int(row))) for row in rows]
         given = [manifest.class_names[c] if c >= 0 else "" for c in manifest.right_labels[rows]]
-        return write_encoder_report(run, model.embed(pictures), pictures, ids[rows].tolist(), given, out=out)
+        return write_tuned_report(run, model.embed(pictures), pictures, ids[rows].tolist(), given, out=out)
 
     def card(self, model: Classifier, scores: dict[str, Any]) -> str:
         """The README of the classifier."""

@@ -156,7 +156,7 @@ class Job:
     @classmethod
     def parameters(cls) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
-        every = dict(inspect.signature(cls.system.__init__).parameters) | dict(inspect.signature(cls.fit).parameters)
+        every = dict(inspect.signature(cls.system).parameters) | dict(inspect.signature(cls.fit).parameters)
         return {k: p for k, p in every.items() if k not in ("self", "encoder", "num_classes", "num_features", "stage")}
 
     @property
@@ -392,7 +392,7 @@ class Job:
         with self._timed(stage, "done before" if done else f"{epochs} epochs"):
             encoder = self.encoder()
             body: nn.Module = nn.Identity() if a["frozen_features"] else encoder
-            given = {k: v for k, v in a.items() if k in inspect.signature(self.system.__init__).parameters}
+            given = {k: v for k, v in a.items() if k in inspect.signature(self.system).parameters}
             module = self.system(body, self.num_classes, encoder.num_features, stage=stage, **given)
             if stage in self.before:
                 module.load_state_dict(self.modules[self.before[stage]].state_dict())

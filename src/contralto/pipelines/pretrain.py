@@ -179,7 +179,7 @@ class Pretraining:
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
-        of_system = dict(inspect.signature(self.system.__init__).parameters)
+        of_system = dict(inspect.signature(self.system).parameters)
         return {k: p for k, p in of_system.items() if k not in (*FACTS, "self", "encoder")} | self.own_parameters()
 
     def ingest(self) -> None:
@@ -232,7 +232,7 @@ class Pretraining:
         """The system, for these pictures; `more` goes before the arguments."""
         encoder = self.encoder(more.get("seed"))
         facts = self.facts(encoder) | {k: v for k, v in more.items() if k in FACTS}
-        names = inspect.signature(self.system.__init__).parameters
+        names = inspect.signature(self.system).parameters
         self.built = {k: v for k, v in facts.items() if k in names}
         given = {k: v for k, v in (self.arguments | more).items() if k in names and k not in FACTS}
         module = self.system(encoder, **self.built, **given)

@@ -4,13 +4,14 @@
 
 From a table (.csv, .jsonl, .parquet) the other columns of numbers are the inputs; of pictures, in any form that is known, the
 number is in a column or the name of their folder. Beside, least absolute error is trained from the same start, and both are
-measured on what is kept aside. The run folder holds `manifest/`, `training/`, `baseline/`, `model/` (for `load_regressor`),
+measured on what is kept aside. The run folder holds `manifest/`, `training/`, `baseline/`, `model/` (for `contralto.load`),
 `predictions.parquet`, `metrics.json` and `report.html`. It goes on where it stopped.
 """
 
 import hashlib
 import inspect
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,7 @@ from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.regression import write_regression_report
 from contralto.systems.base import EncoderSystem
+from contralto.systems.classifier import MAX_SIZE, as_tensor
 from contralto.systems.regression.base import Regression
 from contralto.views.image import EvalView
 
@@ -65,11 +67,24 @@ class Regressor(nn.Module):
     encoder : TableEncoder or ImageEncoder
     config : dict
         As in `config.json`: `target`, `columns` (of a table), `num_features`, and what builds the encoder.
+
+    Attributes
+    ----------
+    kind : {"table", "image"}
+        What it takes.
+
+    Examples
+    --------
+    >>> config = {"target": "weight", "columns": ["width", "height"], "num_features": 8}
+    >>> model = Regressor(TableEncoder(2, width=8), config)
+    >>> model.predict([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).shape
+    (3,)
     """
 
     def __init__(self, encoder: nn.Module, config: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.config = encoder, config
+        self.kind: Literal["table", "image"] = "image" if config["columns"] is None else "table"
         self.output = nn.Linear(config["num_features"], 1, dtype=torch.float64)
 
     @torch.no_grad()
@@ -78,29 +93,85 @@ class Regressor(nn.Module):
         self.output.weight.copy_(torch.from_numpy(probe.weight)[None])
         self.output.bias.fill_(probe.bias)
 
+    def predict(self, samples: Any) -> npt.NDArray[np.float64]:
+        """The number of every sample (N,).
+
+        Parameters
+        ----------
+        samples : array (N, F), or sequence of pictures
+            See `embed`.
+        """
+        return self.tell(self.embed(samples))
+
+    def answers(self, samples: Any, *, threshold: float = 0.0) -> dict[str, pa.Array]:
+        """What `predict` says, as a column of a table: `number`.
+
+        Raises
+        ------
+        UsageError
+            If there is a threshold.
+        """
+        if threshold > 0:
+            raise UsageError("a number comes without a probability: leave threshold out")
+        return {"number": pa.array(self.predict(samples), pa.float64())}
+
+    def embed(self, samples: Any, *, batch_size: int = 64) -> npt.NDArray[np.float32]:
+        """Features (N, num_features).
+
+        Parameters
+        ----------
+        samples : array (N, F), or sequence of pictures
+            Of a table: its rows, in the order of `config["columns"]`. Else paths, encoded bytes, uint8 arrays (H, W, 3) or PIL
+            images.
+        batch_size : int
+            Pictures at a time.
+
+        Raises
+        ------
+        UsageError
+            If rows have other columns, or cells that are no numbers.
+        """
+        if self.kind == "table":
+            return self.embed_rows(samples)
+        view, places = self._view(), range(0, len(samples), batch_size)
+        return self._embed(torch.stack([view(as_tensor(p)) for p in samples[i : i + batch_size]]) for i in places)
+
     @torch.inference_mode()
     def tell(self, features: Array) -> npt.NDArray[np.float64]:
         """Numbers (N,) of features (N, F)."""
-        found = self.output(torch.from_numpy(np.asarray(features, np.float64)))
-        return np.asarray(found.squeeze(1).numpy())
+        found = self.output(torch.from_numpy(np.asarray(features, np.float64)).to(self.output.weight.device))
+        return np.asarray(found.squeeze(1).cpu().numpy())
 
-    @torch.inference_mode()
     def embed_rows(self, rows: Array, *, batch_size: int = 4096) -> npt.NDArray[np.float32]:
         """Features (N, F) of rows as they are in the table, in the order of its columns."""
         assert isinstance(self.encoder, TableEncoder)
-        x = self.encoder.standardize(torch.from_numpy(np.asarray(rows, np.float64)))
-        return np.concatenate([self.encoder(part).float().numpy() for part in x.split(batch_size)])
+        x, columns = np.array(rows, np.float64, order="C"), self.config["columns"]
+        if x.ndim != 2 or x.shape[1] != len(columns) or not np.isfinite(x).all():
+            raise UsageError(
+                f"rows must be numbers of the shape (N, {len(columns)}), the columns {', '.join(columns)}; got {x.shape}"
+            )
+        standardized = self.encoder.standardize(torch.from_numpy(x).to(self.encoder.center.device))
+        return self._embed(standardized.split(batch_size))
 
-    @torch.inference_mode()
     def embed_pictures(self, manifest: Manifest, rows: Array, *, device: str = "cpu") -> npt.NDArray[np.float32]:
         """Features (N, F) of pictures of a manifest."""
-        encoder = self.encoder.to(device)
-        assert isinstance(encoder, ImageEncoder)
-        reader = PictureReader(manifest.root, EvalView(encoder.size, CROP, encoder.mean, encoder.std))
-        blocks = picture_blocks(manifest, rows)
-        found = [encoder(x.to(device)).float().cpu().numpy() for block in blocks for x in reader.batches(block)]
+        self.encoder.to(device)
+        reader = PictureReader(manifest.root, self._view())
+        found = self._embed(x for block in picture_blocks(manifest, rows) for x in reader.batches(block))
         self.encoder.to("cpu")
-        return np.concatenate(found)
+        return found
+
+    def _view(self) -> EvalView:
+        encoder = self.encoder
+        assert isinstance(encoder, ImageEncoder)
+        return EvalView(encoder.size, CROP, encoder.mean, encoder.std)
+
+    @torch.inference_mode()
+    def _embed(self, batches: Iterable[Tensor]) -> npt.NDArray[np.float32]:
+        """Features (N, F) of batches of what the encoder takes."""
+        device = next(self.encoder.parameters()).device
+        found = [self.encoder(x.to(device)).float().cpu().numpy() for x in batches]
+        return np.concatenate(found) if found else np.zeros((0, self.config["num_features"]), np.float32)
 
     def save(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -110,13 +181,14 @@ class Regressor(nn.Module):
         write_json(folder / "config.json", self.config)
 
 
-def load_regressor(run: str | Path) -> Regressor:
+def load_regressor(run: str | Path, *, device: str = "cpu") -> Regressor:
     """What a run learnt, for use.
 
     Parameters
     ----------
     run : path
         A run folder, or its `model` folder.
+    device : str
 
     Raises
     ------
@@ -131,6 +203,9 @@ def load_regressor(run: str | Path) -> Regressor:
         )
     with naming(folder / "config.json"):
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        sizes = [config[k] for k in ("num_features", "size" if config["columns"] is None else "depth")]
+        if not all(type(s) is int and 0 < s <= MAX_SIZE for s in sizes):
+            raise ValueError(f"odd sizes {sizes}")
         encoder: nn.Module
         if config["columns"] is not None:
             encoder = TableEncoder(
@@ -142,7 +217,7 @@ def load_regressor(run: str | Path) -> Regressor:
             encoder = pictures
         model = Regressor(encoder, config)
     load_weights(model, folder / "model.safetensors")
-    return model.eval()
+    return model.eval().to(device)
 
 
 class RegressionJob(Pretraining):
@@ -313,7 +388,7 @@ class RegressionJob(Pretraining):
         self.plain: Regression | None = None
         if a["baseline"] and self.system is not Regression and a.get("method") != "l1":
             encoder = self.encoder()
-            names = inspect.signature(Regression.__init__).parameters
+            names = inspect.signature(Regression).parameters
             given = {k: v for k, v in (a | self.facts(encoder)).items() if k in names}
             self.plain = Regression(encoder, **given)
             self.plain.learn_scale(torch.from_numpy(self.numbers))
@@ -342,7 +417,7 @@ class RegressionJob(Pretraining):
         model.save(self.out / "model")
         write_atomically(self.out / "predictions.parquet", lambda path: pq.write_table(pa.table(columns), path))
         memory = peak_memory_gib()
-        files = {"what is told of every test sample": "predictions.parquet", "model (load_regressor)": "model"}
+        files = {"what is told of every test sample": "predictions.parquet", "model": "model"}
         more: dict[str, Any] = {
             "learnt": len(self.rows), "tested": len(self.test_rows), "target": self.target, "seconds": self.seconds,
             "memory_gib": memory, "scores": scores, "files": files,

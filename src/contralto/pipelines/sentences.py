@@ -210,7 +210,7 @@ class SentenceJob:
 
     def parameters(self) -> dict[str, inspect.Parameter]:
         """All arguments of system and job by name; those of the job win."""
-        every = dict(inspect.signature(self.system.__init__).parameters) | dict(inspect.signature(self.fit).parameters)
+        every = dict(inspect.signature(self.system).parameters) | dict(inspect.signature(self.fit).parameters)
         return {k: p for k, p in every.items() if k not in (*BUILT, "data", "out", "progress", "system")}
 
 
@@ -234,7 +234,7 @@ def load_sentences(run: str | Path, *, device: str = "cpu") -> SentenceModel:
 
 def build(system: type[SentenceMIM], arguments: dict[str, Any], vocabulary: Vocabulary, **facts: int) -> SentenceMIM:
     """A system for a vocabulary; drawn by the seed."""
-    names = inspect.signature(system.__init__).parameters
+    names = inspect.signature(system).parameters
     given = {k: v for k, v in arguments.items() if k in names and k != "words"} | facts
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])

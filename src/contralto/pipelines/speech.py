@@ -25,14 +25,12 @@ from torch.utils.data import DataLoader
 from contralto.data.canvas import as_it_is
 from contralto.data.sounds import Ragged, SoundDataset, Sounds, decode_sound, load_sounds, read_sounds
 from contralto.data.sources import Kind
-from contralto.data.tasks import Task, task_of_samples
 from contralto.data.texts import PAD, Characters, Vocabulary
 from contralto.encoders.audio import AudioEncoder, ConvGRUEncoder, Wav2Vec2Encoder
 from contralto.encoders.features import device_of
 from contralto.errors import DataError
-from contralto.evaluation.classification import accuracy_interval
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
-from contralto.pipelines.continual import Continual
+from contralto.pipelines.continual import Answers, Continual, Stream
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.systems.base import EncoderSystem
 from contralto.systems.classifier import UNKNOWN, Predictions
@@ -99,16 +97,24 @@ class SpeechModel:
         What comes later in a recording is not heard.
     form : LogMel, optional
         Of spectrograms; None for an encoder of waves.
+    target : {"text", "label", "label_text"}
+        What it learnt to write.
     """
 
     def __init__(
-        self, system: COCONUT, vocabulary: Vocabulary, *, rate: int, seconds: float, form: LogMel | None
+        self,
+        system: COCONUT,
+        vocabulary: Vocabulary,
+        *,
+        rate: int,
+        seconds: float,
+        form: LogMel | None,
+        target: Target = "text",
     ) -> None:
         self.system, self.vocabulary = system.eval(), vocabulary
-        self.rate, self.seconds, self.form = rate, seconds, form
+        self.rate, self.seconds, self.form, self.target = rate, seconds, form, target
 
     kind: ClassVar[Kind] = "sound"
-    multilabel: ClassVar[bool] = False
 
     def decode(self, data: bytes) -> npt.NDArray[np.float32]:
         """The samples (T,) of an encoded recording, as the model takes them.
@@ -161,6 +167,14 @@ class SpeechModel:
         probabilities = torch.cat(sure).numpy() if sure else np.zeros(0, np.float32)
         told = [t if p >= threshold else UNKNOWN for t, p in zip(texts, probabilities, strict=True)]
         return Predictions(told, probabilities[:, None])
+
+    def answers(self, sounds: Sequence[Sound], *, threshold: float = 0.0) -> dict[str, pa.Array]:
+        """What `predict` says, as columns: `text`, the `intent` in it where names of classes are written, and `confidence`."""
+        found = self.predict(sounds, threshold=threshold)
+        columns = {"text": pa.array(list(found), pa.string())}
+        if self.target != "text":
+            columns["intent"] = pa.array(intents(found, type(self.vocabulary)), pa.string())
+        return columns | {"confidence": pa.array(found.probabilities[:, 0])}
 
     @torch.inference_mode()
     def embed(self, sounds: Sequence[Sound]) -> npt.NDArray[np.float32]:
@@ -220,7 +234,8 @@ def load_speech(run: str | Path, *, device: str = "cpu") -> SpeechModel:
         system = get_system(told["system"])(encoder, **told["arguments"])
     load_weights(system, folder / "weights.safetensors")
     form = LogMel(told["rate"], told["mels"]) if encoder.takes == "spectrogram" else None
-    return SpeechModel(system.to(device), vocabulary, rate=told["rate"], seconds=told["seconds"], form=form)
+    about = {k: told[k] for k in ("rate", "seconds", "target")}
+    return SpeechModel(system.to(device), vocabulary, form=form, **about)
 
 
 def _encoder(name: str, mels: int, width: int, *, pretrained: bool, seed: int) -> AudioEncoder:
@@ -233,6 +248,8 @@ class SpeechJob(Continual):
     """The job behind ``contralto fit`` for systems that learn to write what is said, task by task."""
 
     things: ClassVar[str] = "recordings"
+    use: ClassVar[str] = 'write(["a.wav", "b.flac"])'
+    limits: ClassVar[str] = "It writes something of any sound: a text that it has learnt, or a mixture."
     protocols: ClassVar[dict[str, str]] = {"right": "recognised"}
     shown: ClassVar[dict[str, str]] = {
         "incremental": "mean over the stream (Avg)", "last": "after the last task (Last)", "forgetting": "forgetting",
@@ -407,7 +424,7 @@ class SpeechJob(Continual):
             "num_features": encoder.num_features, "num_samples": len(self.labels), "num_classes": len(self.class_names),
             "vocabulary": len(self.vocabulary), "length": self.length,
         }  # fmt: skip
-        names = inspect.signature(self.system.__init__).parameters
+        names = inspect.signature(self.system).parameters
         self.built = {k: v for k, v in a.items() if k in names} | facts
         self.form = LogMel(a["rate"], a["mels"]) if encoder.takes == "spectrogram" else None
         self.read = self._reader()
@@ -467,7 +484,8 @@ class SpeechJob(Continual):
 
     def _model(self, module: COCONUT) -> SpeechModel:
         a = self.arguments
-        return SpeechModel(module, self.vocabulary, rate=a["rate"], seconds=a["seconds"], form=self.form)
+        about = {k: a[k] for k in ("rate", "seconds", "target")}
+        return SpeechModel(module, self.vocabulary, form=self.form, **about)
 
     # What comes out.
 
@@ -497,57 +515,21 @@ class SpeechJob(Continual):
         write_json(self.out / "metrics.json", about | metrics)
         self.report(self.out)
 
-    def card(self, names: list[str], metrics: dict[str, Any]) -> str:
-        """The README of the model."""
-        lines = [
-            f"# Writes what is said, learnt in {len(self.tasks)} tasks",
-            "",
+    def headline(self, names: list[str]) -> str:
+        """What the model is, in a few words."""
+        return "Writes what is said"
+
+    def origin(self, names: list[str]) -> list[str]:
+        """Lines on what it was learnt from."""
+        return [
             f"Learnt by {SYSTEMS[self.name].title} from {len(self.rows)} recordings of {len(names)} classes at "
             f"{self.arguments['rate']} samples a second, one task after another; encoder {self.arguments['audio_encoder']}.",
-            "",
-            "    import contralto",
-            '    contralto.load("path/to/this/folder").write(["a.wav", "b.flac"])',
-            "",
-            f"## On {len(self.test_rows)} test recordings",
-            "",
-            "| | value | 95 % interval |",
-            "|---|---|---|",
-            *(f"| {n} | {s['value']:.1%} | {s['low']:.1%} to {s['high']:.1%} |" for n, s in metrics["scores"].items()),
-            "",
-            "## Limits",
-            "",
-            "It writes something of any sound: a text that it has learnt, or a mixture. What was learnt first is known worst.",
         ]
-        return "\n".join(lines) + "\n"
 
-    def evaluate(
-        self,
-        run: Path,
-        data: str,
-        *,
-        label_column: str | None = None,
-        image_column: str | None = None,
-        group_column: str | None = None,
-        split: str | None = None,
-    ) -> dict[str, Any]:
-        """Measure the finished model on other recordings: what is recognised, by task, and how many words are wrong.
-
-        Parameters
-        ----------
-        run : path
-        data : str
-            Recordings with classes, or with what is said.
-        label_column, group_column : str, optional
-            Columns, where their names are not common ones.
-        image_column : str, optional
-            Column of the recordings, likewise.
-        split : str, optional
-            Default: `test` if there is one, else all.
-
-        Returns
-        -------
-        dict
-            `scores`, `n` and `split`.
+    def answer(
+        self, run: Path, data: str, split: str | None, columns: dict[str, str | None], stream: Stream
+    ) -> Answers:
+        """What a finished model writes of other recordings, and whether that is right. See `Continual.answer`.
 
         Raises
         ------
@@ -556,17 +538,13 @@ class SpeechJob(Continual):
         """
         from torchmetrics.functional.text import word_error_rate
 
-        run = Path(run)
-        model = load_speech(run)
-        with naming(run / "config.json"):
-            a = json.loads((run / "config.json").read_text(encoding="utf-8"))["arguments"]
-        with naming(run / "metrics.json"):
-            tasks = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["tasks"]
+        model, a = load_speech(run), stream.arguments
         with tempfile.TemporaryDirectory() as folder:
             sounds = read_sounds(
                 data, Path(folder) / "sounds", rate=model.rate, seconds=model.seconds,
-                sound_column=image_column or a["sound_column"], label_column=label_column or a["label_column"],
-                text_column=a["text_column"], group_column=group_column,
+                sound_column=columns["image_column"] or a["sound_column"],
+                label_column=columns["label_column"] or a["label_column"], text_column=a["text_column"],
+                group_column=columns["group_column"],
             )  # fmt: skip
             splits = sounds.column("split").astype(str)
             wanted = split if split is not None else "test" if "test" in splits else None
@@ -585,17 +563,7 @@ class SpeechJob(Continual):
         kind = type(model.vocabulary)
         truth = [kind.between.join(kind.split(texts[row])) for row in rows]
         right = np.array([w == t for w, t in zip(intents(written, kind), intents(truth, kind), strict=True)], float)
-        classes = [name for task in tasks for name in task["classes"]]
-        number = {name: place for place, name in enumerate(classes)}
+        number = {name: place for place, name in enumerate(stream.names)}
         labels = np.array([number.get(given[row], -1) for row in rows], np.int64)
-        told = self.protocols["right"]
-        scores = {told: accuracy_interval(right, np.maximum(labels, 0), groups=groups).score()}
-        stream = [Task(t["name"], tuple(number[c] for c in t["classes"]), np.zeros(0, np.int64)) for t in tasks]
-        of_task = task_of_samples(stream, labels)
-        for place, task in enumerate(tasks):
-            mine = of_task == place
-            if mine.any():
-                scores[f"{told}, {task['name']}"] = accuracy_interval(right[mine], labels[mine]).score()
-        wrong = float(word_error_rate(written, truth))
-        scores["word error rate"] = {"value": wrong, "percent": True}
-        return {"scores": scores, "n": len(rows), "split": wanted}
+        wrong = {"word error rate": {"value": float(word_error_rate(written, truth)), "percent": True}}
+        return Answers({self.protocols["right"]: right}, labels, stream.task_of(labels, groups), groups, wanted, wrong)

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from contralto.review.charts import curve, scatter
 from contralto.review.report import page_assets, render, safe_json, sheets_of, thumbnail_of
 from contralto.systems.registry import SYSTEMS
 
-__all__ = ["enlarged", "write_encoder_report"]
+__all__ = ["enlarged", "picture_address", "write_encoder_report"]
 
 NEIGHBOURS = 24
 
@@ -32,6 +32,8 @@ def write_encoder_report(
     out: str | Path | None = None,
     thumbnail: int = 64,
     seed: int = 0,
+    template: str = "report_encoder",
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `report.html` of a pretraining.
 
@@ -50,6 +52,9 @@ def write_encoder_report(
         Side of the thumbnails in pixels.
     seed : int
         Of the map.
+    template : str
+        Of the page: one that extends `report_encoder`, with what it wants in `more`.
+    more : mapping, optional
 
     Returns
     -------
@@ -64,25 +69,29 @@ def write_encoder_report(
     index = knn(embeddings, min(NEIGHBOURS + 1, n))[1][:, 1:]
     items = [{"id": i, "t": t, "n": row.tolist()} for i, t, row in zip(names, labels, index, strict=True)]
     classes = sorted(set(labels) - {""})
-    page = page_assets("report_encoder") | {
-        "config": config,
-        "system": SYSTEMS[config["system"]],
-        "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
-        "metrics": metrics | {"time": metrics["seconds"]},
-        "run_name": run.name,
-        "classes": classes,
-        "labelled": bool(classes),
-        "shown": n,
-        "width": embeddings.shape[1],
-        "uniformity": uniformity(embeddings),
-        "effective_rank": effective_rank(embeddings),
-        "map": _map(embeddings, labels, classes, seed),
-        "curves": _curves(run / "training" / "metrics.jsonl"),
-        "episode": _picture(run / "episodes.png"),
-    }
+    page = (
+        page_assets("report_encoder")
+        | {
+            "config": config,
+            "system": SYSTEMS[config["system"]],
+            "environment": json.loads((run / "environment.json").read_text(encoding="utf-8")),
+            "metrics": metrics | {"time": metrics["seconds"]},
+            "run_name": run.name,
+            "classes": classes,
+            "labelled": bool(classes),
+            "shown": n,
+            "width": embeddings.shape[1],
+            "uniformity": uniformity(embeddings),
+            "effective_rank": effective_rank(embeddings),
+            "map": _map(embeddings, labels, classes, seed),
+            "curves": _curves(run / "training" / "metrics.jsonl"),
+            "episode": picture_address(run / "episodes.png"),
+        }
+        | dict(more or {})
+    )
     sheets = sheets_of([thumbnail_of(enlarged(p, thumbnail), thumbnail) for p in pictures], thumbnail, 70)
     html = render(
-        "report_encoder",
+        template,
         page,
         items=markupsafe.Markup(safe_json(items)),  # noqa: S704 (escaped by safe_json)
         sheets=sheets,
@@ -99,7 +108,7 @@ def enlarged(picture: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]
     return picture.repeat(times, 0).repeat(times, 1)
 
 
-def _picture(path: Path) -> str | None:
+def picture_address(path: Path) -> str | None:
     """A PNG as a data address, where there is one."""
     if not path.exists():
         return None

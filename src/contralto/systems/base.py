@@ -11,6 +11,7 @@ A system adds its heads, its views and `step`. It is usable in a loop of one's o
         system.at_step_end()
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -64,6 +65,11 @@ class EncoderSystem(LightningModule):
     needs: ClassVar[tuple[str, ...]] = ()
     spares_flat: ClassVar[bool] = False
     steps: Tensor
+
+    def __init_subclass__(cls, **rest: Any) -> None:
+        """The signature of a system names all that it takes: arguments of its own, and those it hands on as ``**base``."""
+        super().__init_subclass__(**rest)
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -242,6 +248,17 @@ class EncoderSystem(LightningModule):
         """For the trainer: the optimiser, and its schedule by steps."""
         [optimizer], [schedule] = self.optimizers_and_schedules()
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _signature(cls: type[EncoderSystem]) -> inspect.Signature:
+    """All arguments of a class, where one that has ``**base`` also takes those of its base; its own defaults win."""
+    every: dict[str, inspect.Parameter] = {}
+    for part in reversed(cls.__mro__[: cls.__mro__.index(EncoderSystem) + 1]):
+        if "__init__" in vars(part):
+            own = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
+            hands_on = any(p.kind is p.VAR_KEYWORD for p in own)
+            every = (every if hands_on else {}) | {p.name: p for p in own if p.kind is not p.VAR_KEYWORD}
+    return inspect.Signature(list(every.values()))
 
 
 def _not_a_number(batch: Batch) -> ContraltoError:

@@ -6,10 +6,11 @@ A model folder holds `config.json` (JSON), `model.safetensors` and a model card 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,6 +70,7 @@ class Classifier(nn.Module):
     """
 
     prototypes: Tensor
+    kind: ClassVar[Literal["image"]] = "image"
 
     def __init__(self, config: dict[str, Any], encoder: nn.Module | None = None) -> None:
         super().__init__()
@@ -192,6 +194,12 @@ class Classifier(nn.Module):
         answers = zip(found.argmax(1).tolist(), found.max(1).tolist(), strict=True) if parts else ()
         return Predictions([self.classes[i] if p > threshold or threshold == 0 else UNKNOWN for i, p in answers], found)
 
+    def answers(self, pictures: Pictures, *, threshold: float = 0.0) -> dict[str, pa.Array]:
+        """What `predict` says, as columns of a table: `label` (of several labels: a list) and the `confidence` in the surest."""
+        found = self.predict(pictures, threshold=threshold)
+        kind = pa.list_(pa.string()) if self.multilabel else pa.string()
+        return {"label": pa.array(list(found), kind), "confidence": pa.array(found.probabilities.max(1, initial=0.0))}
+
     def embed(self, pictures: Pictures, *, batch_size: int = 64) -> npt.NDArray[np.float32]:
         """Unit embeddings (N, dim) in the space of the prototypes; without a projector, the raw features (N, D)."""
         with torch.inference_mode():
@@ -273,11 +281,6 @@ def load(folder: str | Path, *, device: str = "cpu") -> Classifier:
         )
     with naming(folder / "config.json"):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "target" in config:
-            raise UsageError(
-                f"{folder} tells a number and knows no classes: use `contralto evaluate`, or load_regressor of "
-                f"contralto.pipelines.regression"
-            )
         _check_config(config)
         model = Classifier(config)
     load_weights(model, folder / "model.safetensors")

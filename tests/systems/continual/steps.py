@@ -30,7 +30,7 @@ def build(name, *, task=1, kind=None, **arguments):
     if name == "coconut":
         return spoken.build(task=task, **arguments)
     system = kind or SYSTEMS[name]
-    names = inspect.signature(system.__init__).parameters
+    names = inspect.signature(system).parameters
     small = {k: v for k, v in SMALL.items() if k in names} | ({"memory_size": 8} if system is Replay else {})
     built = system(encoder(), num_features=WIDTH, **(small | arguments)).train()
     built.begin_task([0, 1])

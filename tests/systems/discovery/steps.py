@@ -36,7 +36,7 @@ def build(name, **arguments):
         torch.manual_seed(0)
         encoder = Tiny()
     facts = {"num_features": WIDTH, "num_samples": SAMPLES, "steps_per_epoch": 3, "num_classes": OLD, "num_new": NEW}
-    names = inspect.signature(kind.__init__).parameters
+    names = inspect.signature(kind).parameters
     system = kind(encoder, **{k: v for k, v in (facts | SMALL | arguments).items() if k in names})
     if system.asks_features(0):
         rng = np.random.default_rng(0)

@@ -256,6 +256,18 @@ def test_logits_are_of_single_precision_at_least_under_autocast():
     torch.testing.assert_close(out["loss"], system.step(batch)["loss"], rtol=0.03, atol=0.03)
 
 
+def test_psi_is_chosen_from_the_labelled_classes():
+    x, labels, _ = everything(n=150)
+    for start in (ALL - OLD, 3 * ALL - OLD):
+        system = tiny(num_new=start, psi="auto")
+        for epoch in range(8):
+            system.steps.fill_(2 * epoch)
+            system.at_epoch_start(1000 * x, labels)
+        assert system.number == ALL
+    with pytest.raises(UsageError, match="two labelled classes at least, there are 0: say a number"):
+        tiny(num_classes=0, num_new=8, psi="auto").at_epoch_start(x, np.full(150, -1))
+
+
 def test_what_cannot_be_is_said():
     x, labels, _ = everything()
     with pytest.raises(UsageError, match="old classes must have a labelled sample, and no other; see class 1"):

@@ -150,7 +150,7 @@ def test_the_trust_survives_a_checkpoint():
 
 @pytest.mark.parametrize("name", [None, *presets_of("adainf")])
 def test_presets_are_systems(name):
-    names = inspect.signature(AdaInf.__init__).parameters
+    names = inspect.signature(AdaInf).parameters
     given = {} if name is None else {k: v for k, v in load_preset(name, "adainf").items() if k in names}
     system = AdaInf(steps.encoder(), **(FACTS | given))
     assert torch.isfinite(

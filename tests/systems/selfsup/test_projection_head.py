@@ -68,7 +68,7 @@ def test_objectives_written_out():
     h = F.normalize(pairs.head(pairs.encoder(torch.cat(data["views"]))), dim=1)
     s = h @ h.T / 0.5
     total = sum(
-        float(s[i, [j for j in range(2 * n) if j != i]].logsumexp(0) - s[i, (i + n) % (2 * n)]) for i in range(2 * n)
+        (s[i, [j for j in range(2 * n) if j != i]].logsumexp(0) - s[i, (i + n) % (2 * n)]).item() for i in range(2 * n)
     )
     assert pairs.step(data)["loss"].item() == pytest.approx(total / (2 * n))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from contralto.data.dataset import Batch
 from contralto.errors import UsageError
 from contralto.memory.replay import ReplayMemory, Rule
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 from contralto.views.batched import BatchView
 
 __all__ = ["ContinualSystem"]
@@ -34,7 +34,7 @@ class ContinualSystem(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, num_samples, steps_per_epoch, seed, ..., momentum, warmup_epochs, start_lr, final_lr
+    encoder, **base
         See `EncoderSystem`; epochs and schedules are those of one task, and every task has a new optimiser.
     num_classes : int
         Of all tasks.
@@ -78,32 +78,18 @@ class ContinualSystem(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
         num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
         batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
         lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
         extra_epochs: int = 120,
         milestones: Sequence[int] | None = (120, 160),
         decay: float = 0.1,
         memory_size: int = 0,
         memory_rule: Rule = "barycenter",
         replayed: int = 0,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
+        super().__init__(encoder, batch_size=batch_size, lr=lr, **base)
         if num_classes < 2 or extra_epochs < 0 or memory_size < 0 or replayed < 0:
             raise UsageError(
                 f"num_classes must be at least 2, extra_epochs, memory_size and replayed at least 0; got {num_classes}, "
@@ -111,7 +97,7 @@ class ContinualSystem(EncoderSystem):
             )
         self.num_classes, self.extra_epochs, self.decay, self.replayed = num_classes, extra_epochs, decay, replayed
         self.milestones = None if milestones is None else tuple(milestones)
-        self.memory = ReplayMemory(memory_size, rule=memory_rule, seed=seed) if memory_size else None
+        self.memory = ReplayMemory(memory_size, rule=memory_rule, seed=self.seed) if memory_size else None
         self.register_buffer("task", torch.full((), -1, dtype=torch.int64))
         self.register_buffer("finished", torch.zeros((), dtype=torch.int64))
         self.register_buffer("task_of_class", torch.full((num_classes,), -1, dtype=torch.int64))

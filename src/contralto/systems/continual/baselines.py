@@ -5,8 +5,7 @@ cross-entropy. `compare` says among which classes a sample is to find its own: t
 network do, or all so far.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from contralto.errors import UsageError
 from contralto.losses.distillation import grouped_targets
 from contralto.memory.replay import Rule
 from contralto.memory.teacher import Mode, Teacher
-from contralto.systems.base import Optimizer
 from contralto.systems.continual.base import ContinualSystem
 
 __all__ = ["Compare", "FineTuning", "Joint", "LwF", "Replay"]
@@ -31,7 +29,7 @@ class FineTuning(ContinualSystem):
 
     Parameters
     ----------
-    encoder, num_features, num_classes, ..., memory_size, memory_rule, replayed
+    encoder, **base
         See `ContinualSystem`.
     compare : {"task", "seen"}
         Classes among which a sample is to find its own: those that came in the same task as its class, or all so far.
@@ -49,40 +47,15 @@ class FineTuning(ContinualSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
-        extra_epochs: int = 120,
-        milestones: Sequence[int] | None = (120, 160),
-        decay: float = 0.1,
-        memory_size: int = 0,
-        memory_rule: Rule = "barycenter",
-        replayed: int = 0,
         compare: Compare = "task",
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_classes=num_classes, num_samples=num_samples,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            extra_epochs=extra_epochs, milestones=milestones, decay=decay, memory_size=memory_size, memory_rule=memory_rule,
-            replayed=replayed,
-        )  # fmt: skip
+        super().__init__(encoder, **base)
         if compare not in ("task", "seen"):
             raise UsageError(f'compare must be "task" or "seen", got {compare!r}')
         self.compare = compare
         with self.seeded():
-            self.head = nn.Linear(num_features, num_classes, bias=False)
+            self.head = nn.Linear(self.num_features, self.num_classes, bias=False)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of all views of a batch, and what is added to it."""
@@ -124,7 +97,7 @@ class Replay(FineTuning):
 
     Parameters
     ----------
-    encoder, num_features, ..., compare
+    encoder, **base
         See `FineTuning`; by default there is a memory of 200 samples, every batch takes as many from it as from the task, and
         samples are compared with all classes so far.
     """
@@ -133,35 +106,15 @@ class Replay(FineTuning):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
-        extra_epochs: int = 120,
-        milestones: Sequence[int] | None = (120, 160),
-        decay: float = 0.1,
         memory_size: int = 200,
         memory_rule: Rule = "random",
         replayed: int = 64,
         compare: Compare = "seen",
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_classes=num_classes, num_samples=num_samples,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            extra_epochs=extra_epochs, milestones=milestones, decay=decay, memory_size=memory_size, memory_rule=memory_rule,
-            replayed=replayed, compare=compare,
-        )  # fmt: skip
+            encoder, memory_size=memory_size, memory_rule=memory_rule, replayed=replayed, compare=compare, **base
+        )
         if not memory_size:
             raise UsageError("replay without a memory is fine-tuning: memory_size must be at least 1")
 
@@ -171,7 +124,7 @@ class Joint(FineTuning):
 
     Parameters
     ----------
-    encoder, num_features, ..., compare
+    encoder, **base
         See `FineTuning`; samples are compared with all classes so far by default.
     """
 
@@ -181,31 +134,10 @@ class Joint(FineTuning):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
-        extra_epochs: int = 120,
-        milestones: Sequence[int] | None = (120, 160),
-        decay: float = 0.1,
         compare: Compare = "seen",
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_classes=num_classes, num_samples=num_samples,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            extra_epochs=extra_epochs, milestones=milestones, decay=decay, compare=compare,
-        )  # fmt: skip
+        super().__init__(encoder, compare=compare, **base)
 
 
 class LwF(FineTuning):
@@ -213,7 +145,7 @@ class LwF(FineTuning):
 
     Parameters
     ----------
-    encoder, num_features, ..., compare
+    encoder, **base
         See `FineTuning`.
     distill_weight, distill_temperature : float
         Of the distillation, in every earlier task apart; 1 and 2 in the paper.
@@ -226,7 +158,7 @@ class LwF(FineTuning):
     >>> batch = {"views": [torch.randn(6, 8)], "index": torch.arange(6), "label": torch.arange(6) % 2}
     >>> system.begin_task([0, 1]), system.end_task(), system.begin_task([2, 3])
     (None, None, None)
-    >>> round(float(system.step(batch | {"label": 2 + batch["label"]})["distillation"]), 4)
+    >>> round(system.step(batch | {"label": 2 + batch["label"]})["distillation"].item(), 4)
     0.0
     """
 
@@ -234,34 +166,12 @@ class LwF(FineTuning):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
-        extra_epochs: int = 120,
-        milestones: Sequence[int] | None = (120, 160),
-        decay: float = 0.1,
-        compare: Compare = "task",
         distill_weight: float = 1.0,
         distill_temperature: float = 2.0,
         teacher: Mode = "eval",
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_classes=num_classes, num_samples=num_samples,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            extra_epochs=extra_epochs, milestones=milestones, decay=decay, compare=compare,
-        )  # fmt: skip
+        super().__init__(encoder, **base)
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.teacher = Teacher(mode=teacher, encoder=encoder, head=self.head)
 

@@ -43,7 +43,7 @@ class COCONUT(ContinualSystem):
     ----------
     encoder : AudioEncoder
         Sounds and their lengths to sequences of features, such as those of `contralto.encoders.audio`.
-    num_features, num_classes, ..., replayed
+    **base
         See `ContinualSystem`; a class is what one intent, or one word, is called.
     vocabulary : int
         Size of the vocabulary of texts, with padding, start and end.
@@ -106,29 +106,18 @@ class COCONUT(ContinualSystem):
         self,
         encoder: AudioEncoder,
         *,
-        num_features: int,
-        num_classes: int,
         vocabulary: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 20,
         batch_size: int = 32,
         optimizer: Optimizer = "adamw",
         lr: float = 5e-4,
         encoder_lr: float | None = None,
         weight_decay: float = 0.01,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
         extra_epochs: int = 20,
         milestones: Sequence[int] | None = None,
-        decay: float = 0.1,
         memory_size: int = 20,
         memory_rule: Rule = "random",
         fixed_quota: bool = False,
-        replayed: int = 0,
         dim: int = 512,
         temperature: float = 0.1,
         nspt_weight: float = 0.1,
@@ -156,16 +145,23 @@ class COCONUT(ContinualSystem):
         time_width: int = 10,
         band_masks: int = 0,
         band_width: int = 8,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_classes=num_classes, num_samples=num_samples,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            extra_epochs=extra_epochs, milestones=milestones, decay=decay, memory_size=memory_size, memory_rule=memory_rule,
-            replayed=replayed,
-        )  # fmt: skip
+            encoder,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            extra_epochs=extra_epochs,
+            milestones=milestones,
+            memory_size=memory_size,
+            memory_rule=memory_rule,
+            **base,
+        )
         if self.memory is not None and fixed_quota:
-            self.memory = ReplayMemory(memory_size, rule=memory_rule, num_classes=num_classes, seed=seed)
+            self.memory = ReplayMemory(memory_size, rule=memory_rule, num_classes=self.num_classes, seed=self.seed)
         if min(nspt_weight, mm_weight, distillation_weight) < 0 or not 0 <= smoothing < 1:
             raise UsageError("weights of losses must be at least 0, and smoothing in [0, 1)")
         for name, value, known in (
@@ -183,10 +179,10 @@ class COCONUT(ContinualSystem):
         self.view = AudioView(shift, noise, time_masks, time_width, band_masks, band_width)
         with self.seeded():
             self.decoder = SequenceDecoder(
-                vocabulary, dim=decoder_dim, num_features=num_features, layers=decoder_layers, heads=decoder_heads,
+                vocabulary, dim=decoder_dim, num_features=self.num_features, layers=decoder_layers, heads=decoder_heads,
                 hidden=decoder_hidden, length=length, dropout=decoder_dropout,
             )  # fmt: skip
-            self.audio_head = nn.Linear(num_features, dim)  # one for all tasks
+            self.audio_head = nn.Linear(self.num_features, dim)  # one for all tasks
             self.text_head = nn.Linear(decoder_dim, dim)
         parts: dict[str, nn.Module] = {"encoder": self.encoder, "audio_head": self.audio_head}
         self._taught = [*parts, "decoder"] if distillation in ("token", "sequence") else list(parts)

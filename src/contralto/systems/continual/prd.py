@@ -16,7 +16,6 @@ paper and pre-release code differ:
 - The code keeps one optimiser for all tasks; here every task has a new one, so that no momentum of a task reaches the next.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,9 +28,7 @@ from contralto.encoders.heads import mlp
 from contralto.errors import UsageError
 from contralto.losses.distillation import Axis, feature_distance, relation_distillation
 from contralto.losses.pairs import sup_con
-from contralto.memory.replay import Rule
 from contralto.memory.teacher import Mode, Teacher
-from contralto.systems.base import Optimizer
 from contralto.systems.continual.base import ContinualSystem
 
 __all__ = ["PRD", "prototype_loss"]
@@ -59,7 +56,7 @@ class PRD(ContinualSystem):
 
     Parameters
     ----------
-    encoder, num_features, num_classes, ..., memory_size, memory_rule, replayed
+    encoder, **base
         See `ContinualSystem`. The paper keeps no sample.
     hidden, dim : int
         Widths of the projector of three layers.
@@ -106,26 +103,6 @@ class PRD(ContinualSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 0.0,
-        extra_epochs: int = 120,
-        milestones: Sequence[int] | None = (120, 160),
-        decay: float = 0.1,
-        memory_size: int = 0,
-        memory_rule: Rule = "barycenter",
-        replayed: int = 0,
         hidden: int = 512,
         dim: int = 128,
         projector_norm: Literal["none", "batch"] = "none",
@@ -138,14 +115,9 @@ class PRD(ContinualSystem):
         teacher: Mode = "train",
         distill: Literal["relations", "features"] = "relations",
         prototype_lr: float = 0.01,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_classes=num_classes, num_samples=num_samples,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            extra_epochs=extra_epochs, milestones=milestones, decay=decay, memory_size=memory_size, memory_rule=memory_rule,
-            replayed=replayed,
-        )  # fmt: skip
+        super().__init__(encoder, **base)
         if axis not in ("samples", "prototypes") or distill not in ("relations", "features"):
             raise UsageError(
                 f'axis must be "samples" or "prototypes", distill "relations" or "features"; got {axis!r}, {distill!r}'
@@ -156,8 +128,8 @@ class PRD(ContinualSystem):
         self.axis, self.distill, self.prototype_lr = axis, distill, prototype_lr
         self.distill_temperature = distill_temperature or (0.1 if axis == "samples" else 1.0)
         with self.seeded():
-            self.projector = mlp([num_features, hidden, hidden, dim], norm=projector_norm)
-            self.prototypes = nn.Linear(num_features, num_classes, bias=False)
+            self.projector = mlp([self.num_features, hidden, hidden, dim], norm=projector_norm)
+            self.prototypes = nn.Linear(self.num_features, self.num_classes, bias=False)
         self.teacher = Teacher(mode=teacher, encoder=encoder, prototypes=self.prototypes)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from contralto.errors import UsageError
 from contralto.losses.pairs import nt_xent, sup_con
 from contralto.neighbors.kmeans import KMeans, semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 from contralto.views.batched import BatchView
 
 __all__ = ["Discovered", "DiscoverySystem", "class_clusters", "nearest_prototypes"]
@@ -129,7 +129,7 @@ class DiscoverySystem(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs, start_lr, final_lr
+    encoder, **base
         See `EncoderSystem`. Tensors of one dimension take no weight decay.
     num_classes : int
         Old classes.
@@ -165,20 +165,12 @@ class DiscoverySystem(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
         num_classes: int = 0,
         num_new: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 200,
         batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
         lr: float = 0.1,
         weight_decay: float = 5e-5,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
         final_lr: float = 1e-4,
         hidden: int = 2048,
         dim: int = 256,
@@ -188,12 +180,11 @@ class DiscoverySystem(EncoderSystem):
         crop: tuple[float, float] = (0.766, 0.766),
         colours: float = 0.0,
         trained_blocks: int = 0,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
+            encoder, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, final_lr=final_lr, **base
+        )
         if num_classes < 0 or num_new < 0:
             raise UsageError(f"num_classes and num_new must be at least 0, got {num_classes} and {num_new}")
         if not 0 <= supervised_weight <= 1:

@@ -11,6 +11,8 @@ that may be another cluster's; here the number is carried over and every pair is
 for 768 features; here it follows their number.
 """
 
+from typing import Any, Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,7 @@ from contralto.neighbors.how_many import within_variance
 from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import class_means, densities, ema_update, prototype_logits
-from contralto.prototypes.gaussian import Round, niw_prior, posterior_means, split_and_merge
-from contralto.systems.base import Optimizer
+from contralto.prototypes.gaussian import Round, fitted_psi, niw_prior, posterior_means, split_and_merge
 from contralto.systems.discovery.base import Discovered, DiscoverySystem, Floats, Labels, nearest_prototypes
 
 __all__ = ["GPC", "fitted_temperature"]
@@ -63,7 +64,7 @@ class GPC(DiscoverySystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., crop, colours, trained_blocks
+    encoder, **base
         See `DiscoverySystem`. `num_new` is where the number of new classes starts; it is found by splits and merges.
     temperature : float
         Mean of the prototypes' temperatures. 1 is that of the released code and very soft; such methods mostly take 0.1 to 0.2.
@@ -79,7 +80,8 @@ class GPC(DiscoverySystem):
         Cluster and compare in so many principal directions of the unit features, found anew at each clustering; default: in all.
     kappa, nu, psi : float
         Of the prior, see `niw_prior`. `nu`: default two more than the dimensions. `psi`: 0 takes the variance within the labelled
-        classes; the found number depends on it.
+        classes; the found number depends on it. "auto", beyond the paper, takes at every clustering the value under which the
+        labelled classes would be neither split nor merged, see `fitted_psi`.
     alpha, coin, smallest
         See `split_and_merge`. With a coin the number wanders; 0 makes it repeatable and can leave it where it started.
     kmeans_restarts, kmeans_iterations : int
@@ -110,29 +112,9 @@ class GPC(DiscoverySystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        num_classes: int = 0,
-        num_new: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 60,
         batch_size: int = 256,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.1,
-        weight_decay: float = 5e-5,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 1e-4,
-        hidden: int = 2048,
         dim: int = 128,
-        supervised_weight: float = 0.35,
-        temperature_instance: float = 1.0,
-        temperature_supervised: float = 0.07,
-        crop: tuple[float, float] = (0.766, 0.766),
-        colours: float = 0.0,
-        trained_blocks: int = 0,
         temperature: float = 1.0,
         prototype_weight: float = 1.0,
         prototype_momentum: float = 1.0,
@@ -142,21 +124,16 @@ class GPC(DiscoverySystem):
         pca_dim: int | None = None,
         kappa: float = 1e-4,
         nu: float | None = None,
-        psi: float = 0.005,
+        psi: float | Literal["auto"] = 0.005,
         alpha: float = 1.0,
         coin: float = 0.1,
         smallest: int = 5,
         kmeans_restarts: int = 10,
         kmeans_iterations: int = 100,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, num_classes=num_classes, num_new=num_new,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            hidden=hidden, dim=dim, supervised_weight=supervised_weight, temperature_instance=temperature_instance,
-            temperature_supervised=temperature_supervised, crop=crop, colours=colours, trained_blocks=trained_blocks,
-        )  # fmt: skip
-        if num_classes + num_new < 1:
+        super().__init__(encoder, epochs=epochs, batch_size=batch_size, dim=dim, **base)
+        if self.num_classes + self.num_new < 1:
             raise UsageError(
                 "num_new must be at least 1 where there are no old classes: it is where the number of clusters starts"
             )
@@ -164,8 +141,10 @@ class GPC(DiscoverySystem):
             raise UsageError("temperature must be above 0, prototype_weight at least 0, prototype_momentum in [0, 1]")
         if wait_epochs < 0 or update_every < 1:
             raise UsageError(f"wait_epochs must be at least 0 and update_every 1, got {wait_epochs} and {update_every}")
-        if pca_dim is not None and not 2 <= pca_dim <= num_features:
-            raise UsageError(f"pca_dim must be between 2 and the number of features, {num_features}; got {pca_dim}")
+        if pca_dim is not None and not 2 <= pca_dim <= self.num_features:
+            raise UsageError(
+                f"pca_dim must be between 2 and the number of features, {self.num_features}; got {pca_dim}"
+            )
         self.temperature, self.prototype_weight, self.prototype_momentum = (
             temperature,
             prototype_weight,
@@ -175,11 +154,11 @@ class GPC(DiscoverySystem):
         self.kappa, self.nu, self.psi, self.alpha = kappa, nu, psi, alpha
         self.coin, self.smallest = coin, smallest
         self.kmeans_restarts, self.kmeans_iterations = kmeans_restarts, kmeans_iterations
-        self.register_buffer("prototypes", torch.zeros(0, pca_dim or num_features))
+        self.register_buffer("prototypes", torch.zeros(0, pca_dim or self.num_features))
         self.register_buffer("temperatures", torch.zeros(0))
-        self.register_buffer("assigned", torch.full((num_samples,), -1))
+        self.register_buffer("assigned", torch.full((self.num_samples,), -1))
         self.register_buffer("numbers", torch.zeros(0, dtype=torch.int64))
-        self.register_buffer("directions", torch.zeros(pca_dim or 0, num_features if pca_dim else 0))
+        self.register_buffer("directions", torch.zeros(pca_dim or 0, self.num_features if pca_dim else 0))
 
     @property
     def number(self) -> int:
@@ -219,7 +198,10 @@ class GPC(DiscoverySystem):
         """Centres (K, D) and the cluster of every row, after one round of splits and merges where these are asked for."""
         own, number = self._means(x, labels, int(torch.randint(2**31, (), generator=generator)))
         fixed = torch.from_numpy(labels)
-        prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=self.psi or within_variance(x.numpy(), labels))
+        psi = self.psi or within_variance(x.numpy(), labels)
+        if psi == "auto":
+            psi = fitted_psi(x, fixed, kappa=self.kappa, nu=self.nu)
+        prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=psi)
         if not self.estimate:
             centres = posterior_means(x, own, number, prior)
             return Round(centres, own, 0, 0)

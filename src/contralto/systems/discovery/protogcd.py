@@ -11,7 +11,7 @@ is taken. The defaults here are those of its published commands. How the paper f
 `contralto.systems.discovery.numbers` does it in a way of its own, approximately.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.knn import unit_rows
 from contralto.prototypes.bank import means
 from contralto.prototypes.layer import CosineLayer
-from contralto.systems.base import Optimizer
 from contralto.systems.discovery.base import (
     Discovered,
     DiscoverySystem,
@@ -52,7 +51,7 @@ class ProtoGCD(DiscoverySystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., crop, colours, trained_blocks
+    encoder, **base
         See `DiscoverySystem`; `num_classes` old and `num_new` new classes have a prototype each.
     temperature : float
         Of the predictions.
@@ -92,29 +91,6 @@ class ProtoGCD(DiscoverySystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        num_classes: int = 0,
-        num_new: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 200,
-        batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.1,
-        weight_decay: float = 5e-5,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        start_lr: float = 0.0,
-        final_lr: float = 1e-4,
-        hidden: int = 2048,
-        dim: int = 256,
-        supervised_weight: float = 0.35,
-        temperature_instance: float = 1.0,
-        temperature_supervised: float = 0.07,
-        crop: tuple[float, float] = (0.766, 0.766),
-        colours: float = 0.0,
-        trained_blocks: int = 0,
         temperature: float = 0.1,
         teacher_temperature: float = 0.05,
         teacher_start: float = 0.07,
@@ -126,23 +102,19 @@ class ProtoGCD(DiscoverySystem):
         entropy: float = 2.0,
         separation: float = 0.1,
         init_prototypes: Literal["random", "means", "clusters"] = "random",
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, num_classes=num_classes, num_new=num_new,
-            steps_per_epoch=steps_per_epoch, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-            hidden=hidden, dim=dim, supervised_weight=supervised_weight, temperature_instance=temperature_instance,
-            temperature_supervised=temperature_supervised, crop=crop, colours=colours, trained_blocks=trained_blocks,
-        )  # fmt: skip
-        if num_classes + num_new < 2:
+        super().__init__(encoder, **base)
+        if self.num_classes + self.num_new < 2:
             raise UsageError(
-                f"there must be two classes at least, old and new together: num_classes is {num_classes}, num_new {num_new}"
+                f"there must be two classes at least, old and new together: num_classes is {self.num_classes}, "
+                f"num_new {self.num_new}"
             )
         if min(temperature, teacher_temperature, teacher_start) <= 0:
             raise UsageError("temperature, teacher_temperature and teacher_start must be above 0")
         if not 0 <= ratio_start <= 1 or not 0 <= ratio_end <= 1:
             raise UsageError(f"ratio_start and ratio_end must be in [0, 1], got {ratio_start} and {ratio_end}")
-        ramp_epochs = epochs // 2 if ramp_epochs is None else ramp_epochs
+        ramp_epochs = self.epochs // 2 if ramp_epochs is None else ramp_epochs
         if min(teacher_epochs, ramp_epochs, wait_epochs) < 0:
             raise UsageError("teacher_epochs, ramp_epochs and wait_epochs must be at least 0")
         if init_prototypes not in ("random", "means", "clusters"):
@@ -153,7 +125,7 @@ class ProtoGCD(DiscoverySystem):
         self.ramp_epochs, self.wait_epochs = ramp_epochs, wait_epochs
         self.entropy, self.separation, self.init_prototypes = entropy, separation, init_prototypes
         with self.seeded():
-            self.prototypes = CosineLayer(num_features, num_classes + num_new)
+            self.prototypes = CosineLayer(self.num_features, self.num_classes + self.num_new)
 
     # What goes with the epochs.
 

@@ -6,6 +6,7 @@ is not used afterwards.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ class BaseClassifier(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`.
     num_classes : int
         Base classes.
@@ -46,32 +47,25 @@ class BaseClassifier(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
         num_classes: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 400,
         batch_size: int = 16,
         optimizer: Optimizer = "adam",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         crop: float = 0.5,
         flip: float = 0.5,
         jitter: float = 0.4,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+            encoder, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **base
+        )
         if num_classes < 2:
             raise UsageError(f"num_classes must be at least 2, got {num_classes}")
         self.num_classes, self.crop, self.flip, self.jitter = num_classes, crop, flip, jitter
         with self.seeded():
-            self.classifier = nn.Linear(num_features, num_classes)
+            self.classifier = nn.Linear(self.num_features, num_classes)
 
     def views(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]

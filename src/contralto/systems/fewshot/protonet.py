@@ -4,10 +4,11 @@ Prototypical Networks for Few-shot Learning, Snell et al., NeurIPS 2017, arXiv 1
 than in the test, Adam at 1e-3, halved every 2,000 episodes (here: a cosine).
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from contralto.losses.episodes import prototypical_cross_entropy
-from contralto.systems.base import Optimizer
 from contralto.systems.fewshot.base import EpisodicSystem
 
 __all__ = ["ProtoNet"]
@@ -18,7 +19,7 @@ class ProtoNet(EpisodicSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., jitter
+    encoder, **base
         See `EpisodicSystem`.
     temperature : float
         Of the squared distances.
@@ -36,32 +37,12 @@ class ProtoNet(EpisodicSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 200,
-        episodes: int = 100,
         way: int = 20,
-        shot: int = 1,
-        queries: int = 15,
-        episodes_per_step: int = 1,
-        optimizer: Optimizer = "adam",
         lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        crop: float = 0.5,
-        flip: float = 0.5,
-        jitter: float = 0.4,
         temperature: float = 1.0,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, episodes=episodes, way=way, shot=shot, queries=queries, episodes_per_step=episodes_per_step,
-            optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, crop=crop,
-            flip=flip, jitter=jitter,
-        )  # fmt: skip
+        super().__init__(encoder, way=way, lr=lr, **base)
         self.temperature = temperature
 
     def episode_loss(self, support: Tensor, queries: Tensor, prototypes: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ of two terms halves the weight of the cross-entropy: Adam does not mind, SGD doe
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from contralto.errors import UsageError
 from contralto.losses.episodes import proto_triplet, prototypical_cross_entropy
 from contralto.losses.icnn import icnn_loss
-from contralto.systems.base import Optimizer
 from contralto.systems.fewshot.base import EpisodicSystem
 
 __all__ = ["SuSana", "Term"]
@@ -32,7 +31,7 @@ class SuSana(EpisodicSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., jitter
+    encoder, **base
         See `EpisodicSystem`. The paper has more classes in training (30 for one shot, 20 for five) than in the test, and begins
         from an encoder that was trained as a classifier of the base classes.
     terms : list of {"cross", "prototriplet", "fullicnn", "suppicnn"}
@@ -60,40 +59,18 @@ class SuSana(EpisodicSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 200,
-        episodes: int = 100,
-        way: int = 5,
-        shot: int = 1,
-        queries: int = 15,
-        episodes_per_step: int = 1,
-        optimizer: Optimizer = "adam",
-        lr: float = 1e-4,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        crop: float = 0.5,
-        flip: float = 0.5,
-        jitter: float = 0.4,
         terms: list[Term] | tuple[Term, ...] = ("cross", "prototriplet"),
         temperature: float = 1.0,
         margin: float = 0.5,
         k: int = 4,
         omega: bool = False,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, episodes=episodes, way=way, shot=shot, queries=queries, episodes_per_step=episodes_per_step,
-            optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, crop=crop,
-            flip=flip, jitter=jitter,
-        )  # fmt: skip
+        super().__init__(encoder, **base)
         known = ("cross", "prototriplet", "fullicnn", "suppicnn")
         if not terms or len(set(terms)) < len(terms) or not set(terms) <= set(known):
             raise UsageError(f"terms must be some of {', '.join(known)}, each once; got {list(terms)}")
-        if "suppicnn" in terms and shot < 2:
+        if "suppicnn" in terms and self.shot < 2:
             raise UsageError("with one support picture of a class, suppicnn finds no neighbour of it: take fullicnn")
         if margin < 0 or k < 1:
             raise UsageError(f"margin must be at least 0 and k at least 1, got {margin} and {k}")

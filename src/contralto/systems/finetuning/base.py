@@ -16,7 +16,7 @@ from contralto.distributed import gather_rows, gather_with_gradient, mean_weight
 from contralto.encoders.heads import mlp
 from contralto.errors import DataError, UsageError
 from contralto.losses.pairs import sup_con
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 from contralto.views.batched import BatchView, uniforms
 from contralto.views.rotation import rotate
 
@@ -31,7 +31,7 @@ class FineTuning(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`; the whole encoder learns. SGD is Nesterov's.
     num_classes : int
     eta : float
@@ -62,30 +62,17 @@ class FineTuning(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
         num_classes: int = 2,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 256,
-        optimizer: Optimizer = "sgd",
         lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         eta: float = 0.0,
         temperature: float = 0.07,
         dim: int = 256,
         micro_batch: int = 64,
         crop: float = 0.94,
         degrees: float = 15.0,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+        super().__init__(encoder, lr=lr, **base)
         if num_classes < 2:
             raise UsageError(f"num_classes must be at least 2, got {num_classes}")
         if eta < 0 or micro_batch < 2 or not 0 < crop <= 1:
@@ -95,8 +82,10 @@ class FineTuning(EncoderSystem):
         self.num_classes, self.eta, self.temperature = num_classes, eta, temperature
         self.micro_batch, self.crop, self.degrees = micro_batch, crop, degrees
         with self.seeded():
-            self.classifier = nn.Linear(num_features, num_classes, bias=False)
-            self.projector = mlp([num_features, num_features, dim], normalize=True) if self.eta else nn.Identity()
+            self.classifier = nn.Linear(self.num_features, num_classes, bias=False)
+            self.projector = (
+                mlp([self.num_features, self.num_features, dim], normalize=True) if self.eta else nn.Identity()
+            )
 
     def views(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]

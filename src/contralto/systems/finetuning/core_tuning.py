@@ -15,7 +15,7 @@ Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-R
 - It steps its cosine after every epoch; here after every step.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from contralto.errors import UsageError
 from contralto.losses.contrast import soft_cross_entropy
 from contralto.losses.focal import focal_sup_con
 from contralto.losses.mixing import draw_mixing, hard_mixtures
-from contralto.systems.base import Optimizer
 from contralto.systems.finetuning.base import FineTuning
 
 __all__ = ["CoreTuning"]
@@ -35,7 +34,7 @@ class CoreTuning(FineTuning):
 
     Parameters
     ----------
-    encoder, ..., temperature, dim, micro_batch, crop, degrees
+    encoder, **base
         See `FineTuning`. Mining and mixing are within a part, so that `micro_batch` is part of the method.
     eta : float
         Weight of the contrast; the paper chooses among 0.1, 1 and 10. 0 leaves the smooth boundary alone.
@@ -64,36 +63,15 @@ class CoreTuning(FineTuning):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        num_classes: int = 2,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 256,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.01,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         eta: float = 0.1,
-        temperature: float = 0.07,
-        dim: int = 256,
-        micro_batch: int = 64,
-        crop: float = 0.94,
-        degrees: float = 15.0,
         alpha: float = 1.0,
         floor: float = 0.8,
         gamma: float = 1.0,
         over: Literal["positives", "rows"] = "positives",
         learn_original: bool = False,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch,
-            num_classes=num_classes, seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, eta=eta, temperature=temperature,
-            dim=dim, micro_batch=micro_batch, crop=crop, degrees=degrees,
-        )  # fmt: skip
+        super().__init__(encoder, eta=eta, **base)
         if not alpha > 0 or not 0 <= floor <= 1 or over not in ("positives", "rows"):
             raise UsageError(
                 f'alpha is above 0, floor in [0, 1], over "positives" or "rows"; got {alpha}, {floor}, {over!r}'

@@ -27,7 +27,7 @@ class Regression(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`.
     schedule : {"step", "cosine"}
         "step" lowers the rate to a tenth after four fifths of the training, as the paper does.
@@ -59,29 +59,19 @@ class Regression(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
         batch_size: int = 64,
         optimizer: Optimizer = "adam",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         schedule: Schedule = "step",
         smallest_crop: float = 0.6,
         flip: float = 0.0,
         colours: float = 0.4,
         noise: float = 0.1,
         drop: float = 0.0,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+        super().__init__(encoder, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **base)
         if schedule not in ("step", "cosine"):
             raise UsageError(f'schedule must be "step" or "cosine", got {schedule!r}')
         self.schedule: Schedule = schedule
@@ -89,7 +79,7 @@ class Regression(EncoderSystem):
         self.register_buffer("center", torch.tensor(0.0))
         self.register_buffer("spread", torch.tensor(1.0))
         with self.seeded():
-            self.output = nn.Linear(num_features, 1)
+            self.output = nn.Linear(self.num_features, 1)
 
     @torch.no_grad()
     def learn_scale(self, numbers: Tensor) -> None:

@@ -18,7 +18,7 @@ Numbers are taken in their units: `window` and weights depend on them. Those of 
 sample has no other of its number.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ from contralto.distributed import gather_rows, gather_with_gradient
 from contralto.encoders.heads import mlp
 from contralto.errors import UsageError
 from contralto.losses.regression import Weight, mixing_shares, rank_n_contrast, sup_con_numbers, sup_re_mix
-from contralto.systems.base import Optimizer
-from contralto.systems.regression.base import Regression, Schedule
+from contralto.systems.regression.base import Regression
 
 __all__ = ["METHODS", "Method", "SupReMix"]
 
@@ -42,7 +41,7 @@ class SupReMix(Regression):
 
     Parameters
     ----------
-    encoder, ..., drop
+    encoder, **base
         See `Regression`.
     method : {"supremix", "mix_neg", "mix_pos", "supcon", "weighted_supcon", "rnc", "l1"}
         All mixtures; negative or positive ones alone; none, with or without weights by distance; Rank-N-Contrast, on the features
@@ -77,23 +76,6 @@ class SupReMix(Regression):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 64,
-        optimizer: Optimizer = "adam",
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
-        schedule: Schedule = "step",
-        smallest_crop: float = 0.6,
-        flip: float = 0.0,
-        colours: float = 0.4,
-        noise: float = 0.1,
-        drop: float = 0.0,
         method: Method = "supremix",
         window: float = 5.0,
         alpha: float = 2.0,
@@ -106,13 +88,9 @@ class SupReMix(Regression):
         parts: int = 1,
         shift: Literal["joint", "blocks"] = "joint",
         nearest: int | None = None,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch,
-            seed=seed, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr,
-            weight_decay=weight_decay, momentum=momentum, warmup_epochs=warmup_epochs, schedule=schedule,
-            smallest_crop=smallest_crop, flip=flip, colours=colours, noise=noise, drop=drop,
-        )  # fmt: skip
+        super().__init__(encoder, **base)
         if method not in METHODS:
             raise UsageError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
         if bin < 0 or parts < 1 or not window > 0:
@@ -126,7 +104,7 @@ class SupReMix(Regression):
         if method != "l1":
             del self.output  # a probe takes its place
         with self.seeded():
-            widths = [num_features, *([hidden] if hidden else []), dim]
+            widths = [self.num_features, *([hidden] if hidden else []), dim]
             self.projector: nn.Module = nn.Identity() if method in ("l1", "rnc") else mlp(widths)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning, Grill et 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class BYOL(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`. The paper's rate is ``0.2 * batch_size / 256`` with LARS.
     hidden, dim : int
         Widths of projector and predictor.
@@ -44,29 +45,28 @@ class BYOL(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 300,
-        batch_size: int = 256,
         optimizer: Optimizer = "lars",
         lr: float = 0.2,
         weight_decay: float = 1.5e-6,
-        momentum: float = 0.9,
         warmup_epochs: float = 10,
         hidden: int = 4096,
         dim: int = 256,
         decay: float = 0.996,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
+            encoder,
+            epochs=epochs,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+            **base,
+        )
         self.decay = decay
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim], norm="batch")
+            self.projector = mlp([self.num_features, hidden, dim], norm="batch")
             self.predictor = mlp([dim, hidden, dim], norm="batch")
         self.target_encoder, self.target_projector = momentum_copy(encoder), momentum_copy(self.projector)
 

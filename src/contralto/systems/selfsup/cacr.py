@@ -31,7 +31,7 @@ from contralto.losses.attraction import (
 )
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 
 __all__ = ["CACR"]
 
@@ -41,7 +41,7 @@ class CACR(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`. The paper's rate is ``0.12 * batch_size / 256``.
     form : {"batch", "queue", "momentum"}
         Views of the batch against each other; with momentum keys and a queue (MoCo v2); or with a predictor against the batch's
@@ -85,17 +85,8 @@ class CACR(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 200,
         batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.06,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         form: Literal["batch", "queue", "momentum"] = "batch",
         num_views: int = 5,
         small_views: int = 0,
@@ -114,12 +105,9 @@ class CACR(EncoderSystem):
         queue_size: int = 65536,
         decay: float = 0.999,
         official: bool = False,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+        super().__init__(encoder, epochs=epochs, batch_size=batch_size, **base)
         if form not in ("batch", "queue", "momentum"):
             raise UsageError(f'form must be "batch", "queue" or "momentum", got {form!r}')
         if num_views < 2:
@@ -137,14 +125,14 @@ class CACR(EncoderSystem):
         with self.seeded():
             if form == "momentum":  # heads of MoCo v3
                 width = hidden or 4096
-                self.projector = mlp([num_features, width, width, dim], norm="batch", last_norm="plain")
+                self.projector = mlp([self.num_features, width, width, dim], norm="batch", last_norm="plain")
                 self.predictor = mlp([dim, width, dim], norm="batch", last_norm="plain")
             else:
-                self.projector = mlp([num_features, *([hidden] if hidden else []), dim])
+                self.projector = mlp([self.num_features, *([hidden] if hidden else []), dim])
         if form != "batch":
             self.key_network = momentum_copy(nn.Sequential(encoder, self.projector))
         if form == "queue":
-            self.queue = Queue(queue_size, dim, seed=seed)
+            self.queue = Queue(queue_size, dim, seed=self.seed)
 
     def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
         """`num_views` large views and `small_views` small ones, with the paper's changes of colour."""

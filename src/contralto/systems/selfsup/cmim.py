@@ -45,7 +45,7 @@ class CMIM(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., weight_decay
+    encoder, **base
         See `EncoderSystem`.
     final_lr : float, optional
         Where half a cosine ends; default: the rate stays as it is.
@@ -91,17 +91,10 @@ class CMIM(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
         batch_size: int = 128,
         optimizer: Optimizer = "adam",
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         final_lr: float | None = None,
         mode: Mode = "cmim",
         dim: int = 64,
@@ -113,12 +106,17 @@ class CMIM(EncoderSystem):
         min_log_scale: float = -6.0,
         scaling: LatentScaling = "none",
         use: Literal["informative", "mean"] = "informative",
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, final_lr=lr if final_lr is None else final_lr,
-        )  # fmt: skip
+            encoder,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            final_lr=lr if final_lr is None else final_lr,
+            **base,
+        )
         if mode not in get_args(Mode):
             raise UsageError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}")
         if use not in ("informative", "mean"):
@@ -126,7 +124,7 @@ class CMIM(EncoderSystem):
         self.mode, self.dim, self.temperature, self.min_log_scale = mode, dim, temperature, min_log_scale
         self.scaling, self.use = scaling, use
         with self.seeded():
-            self.to_posterior = nn.Linear(num_features, 2 * dim)
+            self.to_posterior = nn.Linear(self.num_features, 2 * dim)
             self.decoder = self.build_decoder(dim, hidden, side, vector, likelihood)
 
     def build_decoder(

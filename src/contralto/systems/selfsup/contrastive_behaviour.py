@@ -25,7 +25,7 @@ from contralto.losses.behaviour import Kind, behaviour
 from contralto.memory.bank import MemoryBank
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 
 __all__ = ["ContrastiveBehaviour"]
 
@@ -35,7 +35,7 @@ class ContrastiveBehaviour(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., weight_decay, momentum
+    encoder, **base
         See `EncoderSystem`. With a bank, `num_samples` is needed.
     hidden, dim : int
         Widths of the projector; `hidden=0` is one linear layer.
@@ -73,16 +73,10 @@ class ContrastiveBehaviour(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 200,
         batch_size: int = 128,
-        optimizer: Optimizer = "sgd",
         lr: float = 0.03,
         weight_decay: float = 5e-4,
-        momentum: float = 0.9,
         hidden: int = 0,
         dim: int = 128,
         output_norm: bool = True,
@@ -95,11 +89,9 @@ class ContrastiveBehaviour(EncoderSystem):
         rate: float = 0.5,
         queue_size: int = 4096,
         decay: float = 0.999,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-        )  # fmt: skip
+        super().__init__(encoder, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, **base)
         if negatives not in ("bank", "queue", "batch"):
             raise UsageError(f'negatives must be "bank", "queue" or "batch", got {negatives!r}')
         self.negatives, self.num_negatives, self.decay = negatives, num_negatives, decay
@@ -107,15 +99,15 @@ class ContrastiveBehaviour(EncoderSystem):
         self.given: dict[str, Any] = {"kind": loss, "temperature": temperature, "alpha": alpha, "lam": lam}
         with self.seeded():
             self.projector = mlp(
-                [num_features, *([hidden] if hidden else []), dim],
+                [self.num_features, *([hidden] if hidden else []), dim],
                 norm="batch",
                 last_norm="plain" if output_norm else "none",
             )
         if negatives == "bank":
-            self.bank = MemoryBank(num_samples, dim, rate=rate, seed=seed)
+            self.bank = MemoryBank(self.num_samples, dim, rate=rate, seed=self.seed)
         elif negatives == "queue":
             self.key_network = momentum_copy(nn.Sequential(encoder, self.projector))
-            self.queue = Queue(queue_size, dim, seed=seed)
+            self.queue = Queue(queue_size, dim, seed=self.seed)
 
     def views(self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Sequence[Any]:
         """Crop, flip, colours and grey, once for a bank and twice otherwise."""

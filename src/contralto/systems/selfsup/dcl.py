@@ -22,7 +22,7 @@ from contralto.losses.decoupled import decoupled_info_nce
 from contralto.losses.pairs import dcl
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 
 __all__ = ["DecoupledContrast"]
 
@@ -32,7 +32,7 @@ class DecoupledContrast(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`. DCL has larger gradients than NT-Xent: under SGD its best rate may be a smaller one.
     hidden, dim : int
         Widths of the projector.
@@ -58,17 +58,7 @@ class DecoupledContrast(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 200,
-        batch_size: int = 256,
-        optimizer: Optimizer = "sgd",
-        lr: float = 0.06,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         hidden: int = 2048,
         dim: int = 128,
         temperature: float = 0.1,
@@ -76,18 +66,15 @@ class DecoupledContrast(EncoderSystem):
         detach_weight: bool = True,
         queue_size: int = 0,
         decay: float = 0.999,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+        super().__init__(encoder, epochs=epochs, **base)
         self.temperature, self.sigma, self.detach_weight, self.decay = temperature, sigma, detach_weight, decay
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim], norm="batch")
+            self.projector = mlp([self.num_features, hidden, dim], norm="batch")
         if queue_size:
             self.key_network = momentum_copy(nn.Sequential(encoder, self.projector))
-            self.queue = Queue(queue_size, dim, seed=seed)
+            self.queue = Queue(queue_size, dim, seed=self.seed)
         self.queue_size = queue_size
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ in a pass before the first epoch; here the first epoch does, and no weight chang
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class DeepClusterV2(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., start_lr, final_lr
+    encoder, **base
         See `EncoderSystem`; `num_samples` must be given, and `index` of a batch be below it.
     hidden, dim : int
         Widths of the projector.
@@ -68,16 +69,11 @@ class DeepClusterV2(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 400,
         batch_size: int = 4096,
         optimizer: Optimizer = "larc",
         lr: float = 4.8,
         weight_decay: float = 1e-6,
-        momentum: float = 0.9,
         warmup_epochs: float = 10,
         start_lr: float = 0.3,
         final_lr: float = 0.0048,
@@ -88,25 +84,33 @@ class DeepClusterV2(EncoderSystem):
         iterations: int = 10,
         small_crops: int = 6,
         small_size: float = 96 / 224,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
-        if not num_prototypes or not 2 <= min(num_prototypes) <= max(num_prototypes) <= num_samples:
+            encoder,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            start_lr=start_lr,
+            final_lr=final_lr,
+            **base,
+        )
+        if not num_prototypes or not 2 <= min(num_prototypes) <= max(num_prototypes) <= self.num_samples:
             raise UsageError(
-                f"num_prototypes must name numbers from 2 to that of the samples ({num_samples}), got {list(num_prototypes)}"
+                f"num_prototypes must name numbers from 2 to that of the samples ({self.num_samples}), got {list(num_prototypes)}"
             )
         self.temperature, self.iterations = temperature, iterations
         self.small_crops, self.small_size = small_crops, small_size
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim], norm="batch")
+            self.projector = mlp([self.num_features, hidden, dim], norm="batch")
             self.prototypes = nn.ModuleList(PrototypeLayer(dim, count) for count in num_prototypes)
         self.prototypes.requires_grad_(False)
-        self.register_buffer("memory", torch.zeros(2, num_samples, dim))
-        self.register_buffer("seen", torch.zeros(num_samples, dtype=torch.bool))
-        self.register_buffer("clusters", torch.full((len(num_prototypes), num_samples), UNKNOWN))
+        self.register_buffer("memory", torch.zeros(2, self.num_samples, dim))
+        self.register_buffer("seen", torch.zeros(self.num_samples, dtype=torch.bool))
+        self.register_buffer("clusters", torch.full((len(num_prototypes), self.num_samples), UNKNOWN))
 
     def views(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]

@@ -12,6 +12,7 @@ zero, which is the encoder's business.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from contralto.encoders.crops import forward_by_size
 from contralto.encoders.heads import mlp
 from contralto.errors import UsageError
 from contralto.losses.sorting import Network, Sigmoid, groco
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 from contralto.views.batched import BatchView
 
 __all__ = ["GroCo", "learning_rate"]
@@ -48,7 +49,7 @@ class GroCo(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`; the defaults are the paper's for a batch of 1024 and 100 epochs. `learning_rate` gives the rate for
         another batch: a rate that suits other contrastive losses is far too small for plain SGD here; Adam does not care.
     hidden, dim : int
@@ -78,16 +79,9 @@ class GroCo(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
         batch_size: int = 1024,
-        optimizer: Optimizer = "sgd",
         lr: float = 24.0,
         weight_decay: float = 1e-6,
-        momentum: float = 0.9,
         warmup_epochs: float = 1,
         hidden: int | None = None,
         dim: int = 2048,
@@ -99,12 +93,11 @@ class GroCo(EncoderSystem):
         full_views: int = 2,
         small_crops: int = 0,
         small_size: float = 96 / 224,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+            encoder, batch_size=batch_size, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **base
+        )
         if full_views < 2 or small_crops < 0:
             raise UsageError(
                 f"full_views must be at least 2 and small_crops at least 0, got {full_views} and {small_crops}"
@@ -116,9 +109,9 @@ class GroCo(EncoderSystem):
             small_crops,
             small_size,
         )
-        width = hidden or num_features
+        width = hidden or self.num_features
         with self.seeded():
-            self.projector = mlp([num_features, width, width, dim], norm="batch", last_norm="plain")
+            self.projector = mlp([self.num_features, width, width, dim], norm="batch", last_norm="plain")
 
     def views(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]

@@ -152,7 +152,7 @@ class Hydra(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., start_lr, final_lr
+    encoder, **base
         See `EncoderSystem`.
     num_classes : int
         Labels are in [0, num_classes).
@@ -200,19 +200,12 @@ class Hydra(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
         num_classes: int = 1000,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 1000,
         batch_size: int = 512,
         optimizer: Optimizer = "adamw",
         lr: float = 1e-4,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
         warmup_epochs: float = 10,
-        start_lr: float = 0.0,
         final_lr: float = 1e-4,
         form: Literal["two_views", "single_view", "fused"] = "two_views",
         pairing: Pairing = "arbitrary",
@@ -232,12 +225,18 @@ class Hydra(EncoderSystem):
         margin: float = 0.5,
         repeats: int = 1,
         crop: tuple[float, float] = (0.08, 1.0),
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
+            encoder,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            warmup_epochs=warmup_epochs,
+            final_lr=final_lr,
+            **base,
+        )
         if form not in ("two_views", "single_view", "fused"):
             raise UsageError(f'form must be "two_views", "single_view" or "fused", got {form!r}')
         if num_classes < 2 or repeats < 1:
@@ -253,14 +252,14 @@ class Hydra(EncoderSystem):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         self.alpha = nn.Parameter(torch.tensor(float(alpha))) if alpha else None
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim], norm="batch", last_norm="layer")
+            self.projector = mlp([self.num_features, hidden, dim], norm="batch", last_norm="layer")
             if fused:
                 self.prototypes = nn.Parameter(torch.empty(num_classes, dim))
                 nn.init.xavier_normal_(self.prototypes)
             else:
                 self.gate = PairGate(num_classes, dim, embedding=embedding, hidden=gate_hidden, kind=gate, fuse=fuse)
             if form == "single_view":
-                self.classifier = nn.Linear(num_features, num_classes)
+                self.classifier = nn.Linear(self.num_features, num_classes)
 
     @property
     def temperature(self) -> float | Tensor:

@@ -12,7 +12,7 @@ start at 0 (here: at the first batch that an item is in), exponents of the two-v
 differences to it, as in the objective). Its variant in which a network tells the temperatures is left out.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class ISogCLR(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs, start_lr, final_lr
+    encoder, **base
         See `EncoderSystem`. `num_samples` is needed. Losses are those of cosines, not of logits: rates of SimCLR with plain SGD
         are too small here, and LARS hides it.
     hidden, dim : int
@@ -83,16 +83,11 @@ class ISogCLR(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 400,
         batch_size: int = 128,
         optimizer: Optimizer = "lars",
         lr: float = 0.8,
         weight_decay: float = 5e-4,
-        momentum: float = 0.9,
         warmup_epochs: float = 10,
         start_lr: float = 0.01,
         final_lr: float = 0.0008,
@@ -111,12 +106,20 @@ class ISogCLR(EncoderSystem):
         queue_size: int = 0,
         decay: float = 0.999,
         official: bool = False,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
+            encoder,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            start_lr=start_lr,
+            final_lr=final_lr,
+            **base,
+        )
         if learn_temperature and not temperature_min <= temperature <= temperature_max:
             raise UsageError(
                 f"temperature must begin within its bounds {temperature_min} and {temperature_max}, got {temperature}"
@@ -125,12 +128,12 @@ class ISogCLR(EncoderSystem):
         self.bounds, self.eta, self.eta_schedule = (temperature_min, temperature_max), eta, eta_schedule
         self.learn_temperature, self.decay, self.official = learn_temperature, decay, official
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim])
-        self.items = PerSample(num_samples, log_mean=-torch.inf, momentum=0.0, temperature=temperature, seen=False)
+            self.projector = mlp([self.num_features, hidden, dim])
+        self.items = PerSample(self.num_samples, log_mean=-torch.inf, momentum=0.0, temperature=temperature, seen=False)
         self.rule(0)
         if queue_size:
             self.key_network = momentum_copy(nn.Sequential(encoder, self.projector))
-            self.queue = Queue(queue_size, dim, seed=seed)
+            self.queue = Queue(queue_size, dim, seed=self.seed)
         self.queue_size = queue_size
 
     def rule(self, epoch: int) -> TemperatureRule:

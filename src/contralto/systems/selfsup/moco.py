@@ -5,6 +5,8 @@ with Momentum Contrastive Learning, Chen et al. 2020, arXiv 2003.04297. There, b
 norm cannot tell a key by its batch; here, queries and keys have batches, and so statistics, of their own.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from contralto.distributed import gather_rows, mean_weight
 from contralto.encoders.heads import mlp
 from contralto.memory.momentum import momentum_copy, momentum_update
 from contralto.memory.queue import Queue
-from contralto.systems.base import EncoderSystem, Optimizer
+from contralto.systems.base import EncoderSystem
 
 __all__ = ["MoCo"]
 
@@ -23,7 +25,7 @@ class MoCo(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., weight_decay, momentum
+    encoder, **base
         See `EncoderSystem`.
     hidden, dim : int
         Widths of the projector.
@@ -47,32 +49,22 @@ class MoCo(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 200,
-        batch_size: int = 256,
-        optimizer: Optimizer = "sgd",
         lr: float = 0.03,
-        weight_decay: float = 1e-4,
-        momentum: float = 0.9,
         hidden: int = 2048,
         dim: int = 128,
         temperature: float = 0.2,
         queue_size: int = 65536,
         decay: float = 0.999,
         symmetric: bool = False,
+        **base: Any,
     ) -> None:
-        super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-        )  # fmt: skip
+        super().__init__(encoder, epochs=epochs, lr=lr, **base)
         self.temperature, self.decay, self.symmetric = temperature, decay, symmetric
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim])
+            self.projector = mlp([self.num_features, hidden, dim])
         self.key_encoder, self.key_projector = momentum_copy(encoder), momentum_copy(self.projector)
-        self.queue = Queue(queue_size, dim, seed=seed)
+        self.queue = Queue(queue_size, dim, seed=self.seed)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch of two views; the momentum network moves first, the keys go into the queue last."""

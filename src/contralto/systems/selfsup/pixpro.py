@@ -40,7 +40,7 @@ class PixPro(EncoderSystem):
     encoder : nn.Module
         With ``forward_map(x)`` for a map (B, num_features, h, w), or ``forward_maps(x)`` for several of one width (a pyramid, the
         losses of whose levels are averaged); without either, the encoder itself must give the map.
-    num_features, ..., start_lr, final_lr
+    **base
         See `EncoderSystem`. The paper's rate is ``batch_size / 256`` with LARS.
     hidden, dim : int
         Widths of the projector: 4096 in the code, 2048 in the paper.
@@ -86,16 +86,10 @@ class PixPro(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
         batch_size: int = 1024,
         optimizer: Optimizer = "lars",
         lr: float = 4.0,
         weight_decay: float = 1e-5,
-        momentum: float = 0.9,
         warmup_epochs: float = 5,
         start_lr: float = 0.04,
         final_lr: float = 1e-6,
@@ -113,12 +107,19 @@ class PixPro(EncoderSystem):
         instance_temperature: float = 0.2,
         decay: float = 0.99,
         crop: tuple[float, float] = (0.08, 1.0),
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
+            encoder,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            start_lr=start_lr,
+            final_lr=final_lr,
+            **base,
+        )
         if task not in ("consistency", "contrast", "none") or instance not in ("consistency", "contrast"):
             raise UsageError(
                 f'task must be "consistency", "contrast" or "none" and instance "consistency" or "contrast"; got {task!r} '
@@ -137,13 +138,13 @@ class PixPro(EncoderSystem):
         # Heads that no loss uses would be parameters without gradient.
         with self.seeded():
             if task != "none":
-                self.projector = mlp([num_features, hidden, dim], norm="batch", kind="conv")
+                self.projector = mlp([self.num_features, hidden, dim], norm="batch", kind="conv")
                 self.key_projector = momentum_copy(self.projector)
             if task == "consistency":
                 widths = [dim] * (value_layers + 1)
                 self.value = mlp(widths, norm="batch", kind="conv") if value_layers else nn.Identity()
             if instance_weight:
-                self.instance_projector = mlp([num_features, hidden, dim], norm="batch", kind="conv")
+                self.instance_projector = mlp([self.num_features, hidden, dim], norm="batch", kind="conv")
                 self.key_instance_projector = momentum_copy(self.instance_projector)
                 if instance == "consistency":
                     self.predictor = mlp([dim, hidden, dim], norm="batch", kind="conv")

@@ -9,7 +9,7 @@ Investigating the Benefits of Projection Head for Representation Learning, Xue e
 Their supervised contrastive loss is not a number where an anchor has no positive; such anchors are skipped here.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class ProjectionHead(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`; the defaults are those of the self-supervised experiment.
     head : {"mlp", "none", "mlp3", "identity_init", "fixed"}
         See `contralto.encoders.heads.projection_head`.
@@ -66,17 +66,11 @@ class ProjectionHead(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 400,
         batch_size: int = 512,
         optimizer: Optimizer = "adam",
         lr: float = 1e-3,
         weight_decay: float = 1e-6,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         head: HeadKind = "mlp",
         hidden: int = 2048,
         dim: int | None = None,
@@ -85,20 +79,19 @@ class ProjectionHead(EncoderSystem):
         objective: Objective = "nt_xent",
         num_classes: int = 0,
         temperature: float = 0.5,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+            encoder, epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, **base
+        )
         if objective not in ("nt_xent", "sup_con", "cross_entropy"):
             raise UsageError(f"objective must be nt_xent, sup_con or cross_entropy; got {objective!r}")
         if objective == "cross_entropy" and num_classes < 2:
             raise UsageError(f"num_classes must be at least 2 for cross_entropy, got {num_classes}")
         self.objective, self.temperature, self.num_classes = objective, temperature, num_classes
-        width = dim if dim is not None and head in ("mlp", "mlp3") else num_features
+        width = dim if dim is not None and head in ("mlp", "mlp3") else self.num_features
         with self.seeded():
-            self.head = projection_head(head, num_features, hidden=hidden, out=dim, kappa=kappa, floor=floor)
+            self.head = projection_head(head, self.num_features, hidden=hidden, out=dim, kappa=kappa, floor=floor)
             self.classifier = nn.Linear(width, num_classes) if objective == "cross_entropy" else None
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class SepCLR(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., weight_decay
+    encoder, **base
         See `EncoderSystem`.
     final_lr : float, optional
         Where half a cosine ends; default: the rate stays as it is, as in the paper.
@@ -89,17 +89,11 @@ class SepCLR(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
         epochs: int = 250,
         batch_size: int = 512,
         optimizer: Optimizer = "adam",
         lr: float = 3e-4,
         weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        warmup_epochs: float = 0,
         final_lr: float | None = None,
         common_dim: int = 32,
         salient_dim: int = 32,
@@ -114,12 +108,18 @@ class SepCLR(EncoderSystem):
         use: Literal["both", "common", "salient"] = "both",
         crop: float = 0.2,
         jitter: float = 0.4,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, final_lr=lr if final_lr is None else final_lr,
-        )  # fmt: skip
+            encoder,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            final_lr=lr if final_lr is None else final_lr,
+            **base,
+        )
         if use not in ("both", "common", "salient"):
             raise UsageError(f"use must be both, common or salient; got {use!r}")
         unknown = [kind for kind in attributes if kind not in BANDWIDTH]
@@ -135,7 +135,7 @@ class SepCLR(EncoderSystem):
         self.attributes, self.use, self.crop, self.jitter = tuple(attributes), use, crop, jitter
         self.salient_encoder = copy.deepcopy(encoder)
         with self.seeded():
-            self.to_common, self.to_salient = (nn.Linear(num_features, d) for d in (common_dim, salient_dim))
+            self.to_common, self.to_salient = (nn.Linear(self.num_features, d) for d in (common_dim, salient_dim))
             self.common_head = mlp([common_dim, hidden, common_dim], norm="batch")
             self.salient_head = mlp([salient_dim, hidden, salient_dim], norm="batch")
 

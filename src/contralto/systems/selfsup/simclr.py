@@ -4,6 +4,8 @@ A Simple Framework for Contrastive Learning of Visual Representations, Chen et a
 of most claims here, and the learner inside of some systems.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class SimCLR(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., momentum, warmup_epochs
+    encoder, **base
         See `EncoderSystem`. The rate is for the batch as it is; the paper's rule is ``0.3 * batch_size / 256`` with LARS.
     hidden, dim : int
         Widths of the projector.
@@ -39,29 +41,21 @@ class SimCLR(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
-        batch_size: int = 256,
         optimizer: Optimizer = "lars",
         lr: float = 0.3,
         weight_decay: float = 1e-6,
-        momentum: float = 0.9,
         warmup_epochs: float = 10,
         hidden: int = 2048,
         dim: int = 128,
         temperature: float = 0.5,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs,
-        )  # fmt: skip
+            encoder, optimizer=optimizer, lr=lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs, **base
+        )
         self.temperature = temperature
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim], norm="batch")
+            self.projector = mlp([self.num_features, hidden, dim], norm="batch")
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Loss of a batch of two views."""

@@ -13,6 +13,7 @@ deviation of the red channel in its normalisation (0.228 instead of 0.229) is no
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class SwAV(EncoderSystem):
 
     Parameters
     ----------
-    encoder, num_features, ..., start_lr, final_lr
+    encoder, **base
         See `EncoderSystem`; the defaults are the paper's for a batch of 4096. The rate is not linear in the batch: 0.6 at 256.
     hidden, dim : int
         Widths of the projector.
@@ -98,16 +99,10 @@ class SwAV(EncoderSystem):
         self,
         encoder: nn.Module,
         *,
-        num_features: int,
-        num_samples: int = 0,
-        steps_per_epoch: int = 1,
-        seed: int = 0,
-        epochs: int = 100,
         batch_size: int = 4096,
         optimizer: Optimizer = "larc",
         lr: float = 4.8,
         weight_decay: float = 1e-6,
-        momentum: float = 0.9,
         warmup_epochs: float = 10,
         start_lr: float = 0.3,
         final_lr: float = 0.0048,
@@ -123,12 +118,19 @@ class SwAV(EncoderSystem):
         small_crops: int = 6,
         small_size: float = 96 / 224,
         check_every: int = 100,
+        **base: Any,
     ) -> None:
         super().__init__(
-            encoder, num_features=num_features, num_samples=num_samples, steps_per_epoch=steps_per_epoch, seed=seed,
-            epochs=epochs, batch_size=batch_size, optimizer=optimizer, lr=lr, weight_decay=weight_decay, momentum=momentum,
-            warmup_epochs=warmup_epochs, start_lr=start_lr, final_lr=final_lr,
-        )  # fmt: skip
+            encoder,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            start_lr=start_lr,
+            final_lr=final_lr,
+            **base,
+        )
         if not num_prototypes or min(num_prototypes) < 2:
             raise UsageError(f"num_prototypes must name numbers of at least 2, got {list(num_prototypes)}")
         if small_crops < 0 or freeze_steps < 0 or queue_size < 0:
@@ -137,7 +139,7 @@ class SwAV(EncoderSystem):
         self.freeze_steps, self.queue_epoch, self.check_every = freeze_steps, queue_epoch, check_every
         self.small_crops, self.small_size = small_crops, small_size
         with self.seeded():
-            self.projector = mlp([num_features, hidden, dim], norm="batch")
+            self.projector = mlp([self.num_features, hidden, dim], norm="batch")
             self.prototypes = nn.ModuleList(PrototypeLayer(dim, count) for count in num_prototypes)
         kept = queue_size - queue_size % batch_size if queue_size >= batch_size else 0
         if queue_size and not kept:
