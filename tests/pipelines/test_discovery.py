@@ -230,7 +230,7 @@ def test_the_number_of_classes_is_estimated_with_an_interval_where_none_is_given
     run = get_job("protogcd").fit(colours[0], tmp_path / "run", image_encoder=encoder, **arguments)
     estimate = json.loads((run / "metrics.json").read_text())["estimate"]
     assert 4 <= estimate["low"] <= estimate["number"] <= estimate["high"] <= 8
-    assert estimate["method"] == "both"
+    assert estimate["method"] == "search"
     assert all(4 <= int(k) <= 8 for k in estimate["tried"])
     assert "estimated; 95 % interval" in (run / "report.html").read_text()
     before = (run / "number.json").stat().st_mtime_ns
