@@ -259,9 +259,9 @@ def _whole(
 
     Of numbers within half a percent the largest is taken: too few clusters mix classes without labels, which no label tells.
     """
-    known, tried, k = labels >= 0, {}, low
+    known, k = labels >= 0, low
     classes = np.unique(labels[known], return_inverse=True)[1]
-    size = np.bincount(classes)
+    size, tried = np.bincount(classes), dict[int, float]()
     while k <= high:
         seed = int(rng.integers(2**31))
         found = kmeans(data, k, seed=seed, iterations=50, restarts=restarts, normalize=False).labels[known]
