@@ -35,7 +35,7 @@ class Estimate:
     number : int
         Median of the repetitions.
     low, high : int
-        Percentiles 10 and 90 of the repetitions.
+        Percentiles 10 and 90 of the repetitions, between which the right number mostly lies (see the page on discovery).
     tried : dict of int to float
         What speaks for each number that was tried: the mean accuracy on hidden classes (search), how well labelled classes lie
         in clusters of their own (whole), or the share of the repetitions that ended there (split).
