@@ -2,7 +2,7 @@
 
     python benchmarks/discovery.py [out.json] [--sets tiny cifar] [--seeds 0 1 2]
 
-*tiny*: 20 of the classes of Tiny ImageNet with 400 pictures, 10 of them old; 1,000 labelled pictures and 3,000 without a label.
+*tiny*: 20 of the classes of Tiny ImageNet with 400 pictures, 10 of them old; 600 labelled pictures and 1,800 without a label.
 *cifar*: CIFAR-10, 5 of 10 classes old, as many pictures. A seed draws which classes are old and which pictures have labels, and
 is that of the runs. Methods: *protogcd*, with the number of classes estimated; *gpc*, which looks for it while it learns; and
 beside each semi-supervised *k-means* of as many clusters on the same features. `all`, `old`, `new`: accuracy of the unlabelled
@@ -30,8 +30,8 @@ from contralto.pipelines.outputs import environment
 from contralto.systems.registry import get_job
 
 SETS = {
-    "tiny": ("tiny_imagenet100/tiny_imagenet100.parquet", 400, 10, 10, 1000, 3000),
-    "cifar": ("cifar10n/train.parquet", 1, 5, 5, 1000, 3000),
+    "tiny": ("tiny_imagenet100/tiny_imagenet100.parquet", 400, 10, 10, 600, 1800),
+    "cifar": ("cifar10n/train.parquet", 1, 5, 5, 600, 1800),
 }
 """Table, pictures that a class must have, old and new classes, pictures with and without labels."""
 
