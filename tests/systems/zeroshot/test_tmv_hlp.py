@@ -128,6 +128,14 @@ def test_zero_shot_is_the_method_written_out():
     np.testing.assert_allclose(model.node_distributions_, (F + total) / 2 / total, atol=1e-6)
 
 
+def test_prototypes_that_views_have_in_common_do_not_count_as_agreement():
+    views, prototypes, _ = shifted()
+    samples = TMVHLP(**SMALL).fit(views, np.arange(200) % 5).view_weights_
+    for own in ([None, None, prototypes[2]], [None, prototypes[1], None]):
+        np.testing.assert_array_equal(TMVHLP(**SMALL).fit(views, prototypes=own).view_weights_, samples)
+    assert samples.min() > 0.2
+
+
 def test_it_repairs_a_shift_that_the_nearest_prototype_does_not():
     gains = []
     for seed in range(5):

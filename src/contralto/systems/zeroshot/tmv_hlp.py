@@ -192,7 +192,9 @@ class TMVHLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if self.prototypes_ is not None:
             nodes = [np.concatenate(x) for x in zip(nodes, self.prototypes_, strict=True)]
             seeds = np.concatenate([seeds, np.eye(len(self.classes_))])
-        self.view_weights_ = self._agreement(nodes)
+        own = [p is not None for p in given or ()]
+        in_common = not all(own) and (sum(own) == 1 or len(own) - sum(own) > 1)  # the same one would agree without end
+        self.view_weights_ = self._agreement(self.embedded_ if in_common else nodes)
         known = np.flatnonzero(seeds.any(1))
         spread = propagate(self._graph(nodes, known), seeds, alpha=self.alpha)
         self.nodes_, self.node_distributions_ = nodes, _as_shares(spread)
@@ -377,10 +379,10 @@ class TMVHLP(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         mean = sum(there[1:], there[0]) / len(there)
         return [_unit(mean if p is None else p) for p in found]
 
-    def _agreement(self, nodes: list[Array]) -> Array:
-        if len({x.shape[1] for x in nodes}) > 1:  # views as they are cannot be compared
-            return np.full(len(nodes), 1 / len(nodes))
-        return view_agreement(nodes)
+    def _agreement(self, views: list[Array]) -> Array:
+        if len({x.shape[1] for x in views}) > 1:  # views as they are cannot be compared
+            return np.full(len(views), 1 / len(views))
+        return view_agreement(views)
 
     def _prior(self, m: int) -> Array:
         return np.ones(m) if self.prior is None else np.asarray(self.prior, dtype=np.float64)
