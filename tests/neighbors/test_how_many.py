@@ -15,7 +15,7 @@ def sample(classes, shown, *, n=600, spread=0.25, seed=0):
     return x, np.where((truth < shown) & (rng.random(n) < 0.5), truth, -1)
 
 
-@pytest.mark.parametrize(("method", "off"), [("search", 1), ("whole", 1), ("both", 1), ("split", 0)])
+@pytest.mark.parametrize(("method", "off"), [("search", 1), ("whole", 1), ("split", 0)])
 def test_clear_classes_are_counted(method, off):
     x, labels = sample(10, 6, spread=0.08)
     found = estimate_number(x, labels, method=method, repeats=5)
@@ -32,18 +32,18 @@ def test_numbers_of_labels_do_not_matter():
     assert estimate_number(x, labels, repeats=3) == estimate_number(x, other, repeats=3)
 
 
-def test_two_classes_are_enough_and_their_sizes_do_not_matter():
-    x, labels = sample(6, 2, spread=0.08)
-    some = np.flatnonzero(labels == 0)[:-5]
-    labels[some] = -1
+def test_few_classes_are_enough_and_their_sizes_do_not_matter():
+    x, labels = sample(6, 3, spread=0.08)
     found = estimate_number(x, labels, method="whole", repeats=5)
-    assert abs(found.number - 6) <= 1
-    assert found.tried[2] < 0.9 < max(found.tried.values())
+    assert abs(found.number - 6) <= 2
+    assert found.tried[3] < 0.9 < max(found.tried.values())
+    labels[np.flatnonzero(labels == 0)[:-16]] = -1  # few labels, of a class as large as the others
+    assert abs(estimate_number(x, labels, method="whole", repeats=5).number - 6) <= 2
 
 
 def test_bounds_are_kept():
     x, labels = sample(9, 4, n=300)
-    for method in ("search", "whole", "both", "split"):
+    for method in ("search", "whole", "split"):
         found = estimate_number(x, labels, method=method, low=12, high=15, repeats=3)
         assert found.low >= 12
         assert found.high <= 15
@@ -83,7 +83,7 @@ def test_what_cannot_be_is_said():
         estimate_number(x, labels, method="search")
     with pytest.raises(UsageError, match="'whole' needs at least 2 labelled classes, got 1"):
         estimate_number(x, np.where(labels == 0, 0, -1), method="whole")
-    with pytest.raises(UsageError, match="search, whole, both or split"):
+    with pytest.raises(UsageError, match="search, whole or split"):
         estimate_number(x, labels, method="guess")
     with pytest.raises(UsageError, match="low must be at least the number of labelled classes, 3"):
         estimate_number(x, labels, method="split", low=2)

@@ -230,7 +230,7 @@ def test_the_number_of_classes_is_estimated_with_an_interval_where_none_is_given
     run = get_job("protogcd").fit(colours[0], tmp_path / "run", image_encoder=encoder, **arguments)
     estimate = json.loads((run / "metrics.json").read_text())["estimate"]
     assert 4 <= estimate["low"] <= estimate["number"] <= estimate["high"] <= 8
-    assert estimate["method"] == "both"
+    assert estimate["method"] == "search"
     assert all(4 <= int(k) <= 8 for k in estimate["tried"])
     assert "estimated; 95 % interval" in (run / "report.html").read_text()
     before = (run / "number.json").stat().st_mtime_ns
@@ -344,7 +344,7 @@ def test_the_preset_fits_both_systems():
 def test_killed_at_random_moments_and_started_again_it_ends_the_same(colours, encoder, tmp_path, system):
     arguments = SMALL | {"seed": 5, "image_encoder": encoder}
     if system == "gpc":
-        arguments |= {"kmeans_restarts": 1}
+        arguments |= {"kmeans_restarts": 1, "psi": "auto"}
     undisturbed = get_job(system).fit(colours[0], tmp_path / "undisturbed", **arguments)
     again, rng = tmp_path / "killed", random.Random(1)
     kills = [["step", "training", rng.randint(1, 6)] for _ in range(4)]

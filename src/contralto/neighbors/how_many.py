@@ -1,11 +1,11 @@
-"""How many classes there are, if some rows of some classes are labelled: four ways, each with its uncertainty.
+"""How many classes there are, if some rows of some classes are labelled: three ways, each with its uncertainty.
 
 *search*, the usual baseline of category discovery: half of the labelled classes lose their labels, rows are clustered into K
 clusters with the labels that are left, and K is the one that recovers the hidden classes best (Brent's bounded search).
-*whole*: no label is told, rows are clustered into many numbers K of clusters, and K is the one at which labelled classes lie in
-clusters of their own best. *both* pools the two, which err in different ways. *split*: a Gaussian mixture with splits and
-merges (GPC), from too many clusters; what it finds depends on its prior. Each is repeated on half of the rows, drawn anew each
-time, which gives the interval. (Rows drawn with replacement would not do: two equal rows are a cluster to a mixture.)
+*whole*, where there are too few classes to hide some: no label is told, and K is the number of clusters at which labelled
+classes lie in clusters of their own best. *split*: a Gaussian mixture with splits and merges (GPC), from too many clusters; what
+it finds depends on its prior. Each is repeated on half of the rows, drawn anew each time, which gives the interval. (Rows drawn
+with replacement would not do: two equal rows are a cluster to a mixture.)
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment, minimize_scalar
 
 from contralto.errors import UsageError
 from contralto.neighbors.kmeans import cluster_sums, kmeans, rows_of, semi_supervised_kmeans
-from contralto.prototypes.gaussian import niw_prior, split_and_merge
+from contralto.prototypes.gaussian import fitted_psi, niw_prior, split_and_merge
 
 __all__ = ["Estimate", "estimate_number", "rounds_of_splits", "within_variance"]
 
@@ -35,10 +35,10 @@ class Estimate:
     number : int
         Median of the repetitions.
     low, high : int
-        Percentiles 10 and 90 of the repetitions.
+        Percentiles 10 and 90 of the repetitions, between which the right number mostly lies (see the page on discovery).
     tried : dict of int to float
         What speaks for each number that was tried: the mean accuracy on hidden classes (search), how well labelled classes lie
-        in clusters of their own (whole, both), or the share of the repetitions that ended there (split).
+        in clusters of their own (whole), or the share of the repetitions that ended there (split).
     """
 
     number: int
@@ -56,7 +56,7 @@ def estimate_number(
     seed: int = 0,
     restarts: int = 3,
     repeats: int = 10,
-    method: Literal["search", "whole", "both", "split"] = "both",
+    method: Literal["search", "whole", "split"] = "search",
     psi: float | None = None,
     max_rows: int = 5000,
     normalize: bool = True,
@@ -67,7 +67,7 @@ def estimate_number(
     ----------
     features : array (N, D)
     labels : array (N,)
-        Class of every row, -1 = unknown. "search" and "both" take at least four classes, "whole" two.
+        Class of every row, -1 = unknown. "search" takes at least four classes, the others two.
     low, high : int, optional
         Bounds of the number; default: the number of labelled classes C, and 3 C + 20.
     seed : int
@@ -75,10 +75,9 @@ def estimate_number(
         Of every k-means.
     repeats : int
         Drawings of half of the rows, from which the interval comes.
-    method : {"search", "whole", "both", "split"}
+    method : {"search", "whole", "split"}
     psi : float, optional
-        Of "split", see `rounds_of_splits`; default: a quarter of the variance within the labelled classes. It is the scale of the
-        narrow directions of a class that counts, and classes are narrower in most directions than on average.
+        Of "split", see `rounds_of_splits`; default: `contralto.prototypes.gaussian.fitted_psi`.
     max_rows : int
         Rows of a drawing.
     normalize : bool
@@ -108,9 +107,9 @@ def estimate_number(
     if min(restarts, repeats, max_rows) < 1:
         raise UsageError(f"restarts, repeats and max_rows must be at least 1, got {restarts}, {repeats} and {max_rows}")
     classes = len(np.unique(given[given >= 0]))
-    needed = {"search": 4, "whole": 2, "both": 4, "split": 1}
+    needed = {"search": 4, "whole": 2, "split": 1 if psi else 2}
     if method not in needed:
-        raise UsageError(f"method must be search, whole, both or split, got {method!r}")
+        raise UsageError(f"method must be search, whole or split, got {method!r}")
     if classes < needed[method]:
         raise UsageError(f"method={method!r} needs at least {needed[method]} labelled classes, got {classes}")
     low = classes if low is None else low
@@ -118,21 +117,20 @@ def estimate_number(
     if not classes <= low <= high:
         raise UsageError(f"low must be at least the number of labelled classes, {classes}, and high at least low")
     if psi is None and method == "split":
-        psi = within_variance(data, given) / 4
+        numbered = np.where(given >= 0, np.searchsorted(np.unique(given[given >= 0]), given), -1)
+        psi = fitted_psi(torch.from_numpy(data), torch.from_numpy(numbered), seed=seed)
     found, scores = [], []
     for repeat in range(repeats):
         rng = np.random.default_rng([seed, repeat])
         rows = _drawn(given, max_rows, rng)
         bounds = low, max(low, min(high, int((given[rows] < 0).sum())))
-        if method in ("search", "both"):
+        if method == "search":
             number, tried = _search(data[rows], given[rows], *bounds, restarts, rng)
-            found.append(number)
-        if method in ("whole", "both"):
+        elif method == "whole":
             number, tried = _whole(data[rows], given[rows], *bounds, restarts, rng)
-            found.append(number)
-        if method == "split":
+        else:
             number, tried = _split(data[rows], given[rows], *bounds, restarts, psi or 0.0, rng)
-            found.append(number)
+        found.append(number)
         scores.append(tried)
     mean = {k: float(np.mean([s[k] for s in scores if k in s])) for k in sorted({k for s in scores for k in s})}
     if method == "split":
@@ -261,9 +259,9 @@ def _whole(
 
     Of numbers within half a percent the largest is taken: too few clusters mix classes without labels, which no label tells.
     """
-    known, tried, k = labels >= 0, {}, low
+    known, k = labels >= 0, low
     classes = np.unique(labels[known], return_inverse=True)[1]
-    size = np.bincount(classes)
+    size, tried = np.bincount(classes), dict[int, float]()
     while k <= high:
         seed = int(rng.integers(2**31))
         found = kmeans(data, k, seed=seed, iterations=50, restarts=restarts, normalize=False).labels[known]

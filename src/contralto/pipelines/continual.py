@@ -330,7 +330,7 @@ class Continual(Pretraining):
     def whole(self) -> ImageEncoder:
         """The encoder that is used afterwards: with what was learnt behind it."""
         learnt = super().whole()
-        return adapted(self.begun, learnt.backbone).eval() if self.arguments["frozen"] else learnt
+        return adapted(self.begun.cpu(), learnt.backbone).eval() if self.arguments["frozen"] else learnt
 
     # Training.
 
@@ -589,7 +589,11 @@ class Continual(Pretraining):
             arguments = json.loads((run / "config.json").read_text(encoding="utf-8"))["arguments"]
         names = list(dict.fromkeys(name for t in told for name in t["classes"]))
         tasks = [Task(t["name"], tuple(names.index(c) for c in t["classes"]), np.zeros(0, np.int64)) for t in told]
-        columns = {"label_column": label_column, "image_column": image_column, "group_column": group_column}
+        columns: dict[str, Any] = {
+            "label_column": label_column,
+            "image_column": image_column,
+            "group_column": group_column,
+        }
         said = self.answer(run, data, split, columns, Stream(tasks, names, arguments))
         scores, groups = {}, None if arguments["split_by"] == "domain" else said.groups
         labels = np.maximum(said.labels, 0)

@@ -247,7 +247,7 @@ class Discovery(Pretraining):
     def _estimate(self) -> dict[str, Any]:
         x = self.plain.astype(np.float32)
         x = principal_rows(x - x.mean(0), DIRECTIONS)
-        method: Literal["both", "whole"] = "both" if len(self.old) >= 4 else "whole"
+        method: Literal["search", "whole"] = "search" if len(self.old) >= 4 else "whole"
         most = self.arguments["most_classes"]
         if most is not None and most <= len(self.old):
             raise UsageError(f"most_classes must be above the number of labelled classes, {len(self.old)}; got {most}")

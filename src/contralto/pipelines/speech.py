@@ -526,9 +526,7 @@ class SpeechJob(Continual):
             f"{self.arguments['rate']} samples a second, one task after another; encoder {self.arguments['audio_encoder']}.",
         ]
 
-    def answer(
-        self, run: Path, data: str, split: str | None, columns: dict[str, str | None], stream: Stream
-    ) -> Answers:
+    def answer(self, run: Path, data: str, split: str | None, columns: dict[str, Any], stream: Stream) -> Answers:
         """What a finished model writes of other recordings, and whether that is right. See `Continual.answer`.
 
         Raises

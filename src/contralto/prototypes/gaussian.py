@@ -269,9 +269,9 @@ def fitted_psi(
 ) -> float:
     """Psi under which `split_and_merge` would leave labelled classes as they are: beyond the paper.
 
-    For values up to a hundredth and a hundred times the variance within the classes, it is counted which share of the classes
-    would be split into the halves of their 2-means, and which share of the pairs of nearest classes be merged. The value with the
-    smallest sum is taken, the middle one of several.
+    For values from a hundredth to a hundred times the variance within the classes, it is counted which share of the classes
+    would be split into the halves of their 2-means, and which share of the pairs of nearest classes be merged. The value
+    with the smallest sum is taken, the middle one of several.
 
     Parameters
     ----------

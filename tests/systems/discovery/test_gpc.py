@@ -277,7 +277,8 @@ def test_what_cannot_be_is_said():
     for options, words in (
         ({"num_classes": 0, "num_new": 0}, "num_new must be at least 1"), ({"temperature": 0.0}, "temperature"),
         ({"prototype_momentum": 1.5}, "prototype_momentum"), ({"wait_epochs": -1}, "wait_epochs"),
-        ({"update_every": 0}, "update_every"), ({"pca_dim": 11}, "number of features, 10; got 11"),
+        ({"update_every": 0}, "update_every"), ({"psi": "large"}, 'psi must be a number or "auto"'),
+        ({"pca_dim": 11}, "number of features, 10; got 11"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):
             tiny(**options)

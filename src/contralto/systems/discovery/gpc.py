@@ -139,6 +139,8 @@ class GPC(DiscoverySystem):
             )
         if temperature <= 0 or prototype_weight < 0 or not 0 <= prototype_momentum <= 1:
             raise UsageError("temperature must be above 0, prototype_weight at least 0, prototype_momentum in [0, 1]")
+        if isinstance(psi, str) and psi != "auto":
+            raise UsageError(f'psi must be a number or "auto", got {psi!r}')
         if wait_epochs < 0 or update_every < 1:
             raise UsageError(f"wait_epochs must be at least 0 and update_every 1, got {wait_epochs} and {update_every}")
         if pca_dim is not None and not 2 <= pca_dim <= self.num_features:
@@ -199,7 +201,7 @@ class GPC(DiscoverySystem):
         own, number = self._means(x, labels, int(torch.randint(2**31, (), generator=generator)))
         fixed = torch.from_numpy(labels)
         psi = self.psi or within_variance(x.numpy(), labels)
-        if psi == "auto":
+        if isinstance(psi, str):
             psi = fitted_psi(x, fixed, kappa=self.kappa, nu=self.nu)
         prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=psi)
         if not self.estimate:
