@@ -77,29 +77,18 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
             arguments = load_preset("frozen", system) | {"seed": seed, "probe": False, "progress": False}
             job.fit(str(labelled), out, unlabelled=str(unlabelled), cache=str(folder / "cache"), **arguments)
             metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-            table, hidden, new_classes = (
-                pq.read_table(out / "discovered.parquet"),
-                job.labels < 0,
-                metrics["new_classes"],
-            )
+            table, hidden = pq.read_table(out / "discovered.parquet"), job.labels < 0
             number = {k: c for c, k in enumerate(pq.read_table(out / "classes.parquet")["class"].to_pylist())}
             clusters = np.array([number[k] for k in table["found"].to_pylist()])[hidden]
-            truth = [
-                right[i] for i in np.array(table["id"].to_pylist())[hidden]
-            ]  # pictures that are there twice are left out
-            told = {"new_classes": new_classes, "right": new}
-            interval = [max(metrics["estimate"][k] - old, 0) for k in ("low", "high")]
-            seconds = round(sum(metrics["seconds"].values()))
-            add(
-                system,
-                truth,
-                clusters,
-                **told,
-                seconds=seconds,
-                **({"interval": interval} if system == "protogcd" else {}),
-            )
+            ids = np.array(table["id"].to_pylist())[hidden]  # without pictures that are there twice
+            truth = [right[i] for i in ids]
+            told = {"new_classes": metrics["new_classes"], "right": new}
+            more: dict[str, Any] = {"seconds": round(sum(metrics["seconds"].values()))}
+            if system == "protogcd":  # for gpc it is where it starts
+                more["interval"] = [max(metrics["estimate"][k] - old, 0) for k in ("low", "high")]
+            add(system, truth, clusters, **told, **more)
             rows = principal_rows(job.plain.astype(np.float32) - job.centre()[0], DIRECTIONS)
-            plain = semi_supervised_kmeans(rows, job.labels, old + new_classes, seed=seed)
+            plain = semi_supervised_kmeans(rows, job.labels, old + metrics["new_classes"], seed=seed)
             add(f"k-means beside {system}", truth, plain.labels[hidden], **told)
     return found
 
