@@ -344,7 +344,7 @@ def test_the_preset_fits_both_systems():
 def test_killed_at_random_moments_and_started_again_it_ends_the_same(colours, encoder, tmp_path, system):
     arguments = SMALL | {"seed": 5, "image_encoder": encoder}
     if system == "gpc":
-        arguments |= {"kmeans_restarts": 1}
+        arguments |= {"kmeans_restarts": 1, "psi": "auto"}
     undisturbed = get_job(system).fit(colours[0], tmp_path / "undisturbed", **arguments)
     again, rng = tmp_path / "killed", random.Random(1)
     kills = [["step", "training", rng.randint(1, 6)] for _ in range(4)]

@@ -35,7 +35,7 @@ class Estimate:
     number : int
         Median of the repetitions.
     low, high : int
-        Percentiles 10 and 90 of the repetitions.
+        Percentiles 10 and 90 of the repetitions, between which the right number mostly lies (see the page on discovery).
     tried : dict of int to float
         What speaks for each number that was tried: the mean accuracy on hidden classes (search), how well labelled classes lie
         in clusters of their own (whole), or the share of the repetitions that ended there (split).
@@ -259,9 +259,9 @@ def _whole(
 
     Of numbers within half a percent the largest is taken: too few clusters mix classes without labels, which no label tells.
     """
-    known, tried, k = labels >= 0, {}, low
+    known, k = labels >= 0, low
     classes = np.unique(labels[known], return_inverse=True)[1]
-    size = np.bincount(classes)
+    size, tried = np.bincount(classes), dict[int, float]()
     while k <= high:
         seed = int(rng.integers(2**31))
         found = kmeans(data, k, seed=seed, iterations=50, restarts=restarts, normalize=False).labels[known]

@@ -330,7 +330,7 @@ class Continual(Pretraining):
     def whole(self) -> ImageEncoder:
         """The encoder that is used afterwards: with what was learnt behind it."""
         learnt = super().whole()
-        return adapted(self.begun, learnt.backbone).eval() if self.arguments["frozen"] else learnt
+        return adapted(self.begun.cpu(), learnt.backbone).eval() if self.arguments["frozen"] else learnt
 
     # Training.
 

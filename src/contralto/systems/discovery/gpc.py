@@ -201,7 +201,7 @@ class GPC(DiscoverySystem):
         own, number = self._means(x, labels, int(torch.randint(2**31, (), generator=generator)))
         fixed = torch.from_numpy(labels)
         psi = self.psi or within_variance(x.numpy(), labels)
-        if psi == "auto":
+        if isinstance(psi, str):
             psi = fitted_psi(x, fixed, kappa=self.kappa, nu=self.nu)
         prior = niw_prior(x, kappa=self.kappa, nu=self.nu, psi=psi)
         if not self.estimate:

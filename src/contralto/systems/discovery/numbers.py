@@ -139,5 +139,5 @@ def prototype_number(
         scores.append(tried)
     every = sorted({k for tried in scores for k in tried})
     mean = {k: float(np.mean([tried[k][0] for tried in scores if k in tried])) for k in every}
-    lower, middle, upper = np.percentile(numbers, [2.5, 50, 97.5])
+    lower, middle, upper = np.percentile(numbers, [10, 50, 90])
     return Estimate(round(middle), int(np.floor(lower)), int(np.ceil(upper)), mean)
