@@ -36,7 +36,7 @@ SETS = {
 """Table, pictures that a class must have, old and new classes, pictures with and without labels."""
 
 
-def draw(name: str, seed: int, folder: Path) -> tuple[Path, Path, np.ndarray, int, int]:
+def draw(name: str, seed: int, folder: Path) -> tuple[Path, Path, dict[str, int], int, int]:
     """Tables of labelled and of unlabelled pictures, the classes of the latter (old ones first), and how many are old and new."""
     path, least, old, new, labelled, unlabelled = SETS[name]
     table = pq.read_table(Path(os.environ["CONTRALTO_DATA"]) / path)
@@ -54,7 +54,7 @@ def draw(name: str, seed: int, folder: Path) -> tuple[Path, Path, np.ndarray, in
         label = {"class_name": kind[shown].tolist()} if file is files[0] else {}
         pq.write_table(pa.table({"id": ids.take(rows), "image": table["image"].take(rows), **label}), file)
     numbers = {k: c for c, k in enumerate([*sorted(kinds[:old]), *sorted(kinds[old:])])}
-    return *files, np.array([numbers[k] for k in kind[rest]]), old, new
+    return *files, {ids[row].as_py(): numbers[kind[row]] for row in rest.tolist()}, old, new
 
 
 def measure(name: str, seed: int) -> list[dict[str, Any]]:
@@ -62,9 +62,9 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        labelled, unlabelled, truth, old, new = draw(name, seed, folder)
+        labelled, unlabelled, right, old, new = draw(name, seed, folder)
 
-        def add(method: str, clusters: np.ndarray, **more: Any) -> None:
+        def add(method: str, truth: list[int], clusters: np.ndarray, **more: Any) -> None:
             value = cluster_accuracy(truth, clusters, range(old), resamples=100)
             percent = {
                 k: round(100 * v.value, 1) for k, v in (("all", value.all), ("old", value.old), ("new", value.new))
@@ -77,20 +77,19 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
             arguments = load_preset("frozen", system) | {"seed": seed, "probe": False, "progress": False}
             job.fit(str(labelled), out, unlabelled=str(unlabelled), cache=str(folder / "cache"), **arguments)
             metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-            table, hidden, new_classes = (
-                pq.read_table(out / "discovered.parquet"),
-                job.labels < 0,
-                metrics["new_classes"],
-            )
+            table, hidden = pq.read_table(out / "discovered.parquet"), job.labels < 0
             number = {k: c for c, k in enumerate(pq.read_table(out / "classes.parquet")["class"].to_pylist())}
             clusters = np.array([number[k] for k in table["found"].to_pylist()])[hidden]
-            told = {"new_classes": new_classes, "right": new}
-            interval = [max(metrics["estimate"][k] - old, 0) for k in ("low", "high")]
-            seconds = round(sum(metrics["seconds"].values()))
-            add(system, clusters, **told, seconds=seconds, **({"interval": interval} if system == "protogcd" else {}))
+            ids = np.array(table["id"].to_pylist())[hidden]  # without pictures that are there twice
+            truth = [right[i] for i in ids]
+            told = {"new_classes": metrics["new_classes"], "right": new}
+            more: dict[str, Any] = {"seconds": round(sum(metrics["seconds"].values()))}
+            if system == "protogcd":  # for gpc it is where it starts
+                more["interval"] = [max(metrics["estimate"][k] - old, 0) for k in ("low", "high")]
+            add(system, truth, clusters, **told, **more)
             rows = principal_rows(job.plain.astype(np.float32) - job.centre()[0], DIRECTIONS)
-            plain = semi_supervised_kmeans(rows, job.labels, old + new_classes, seed=seed)
-            add(f"k-means beside {system}", plain.labels[hidden], **told)
+            plain = semi_supervised_kmeans(rows, job.labels, old + metrics["new_classes"], seed=seed)
+            add(f"k-means beside {system}", truth, plain.labels[hidden], **told)
     return found
 
 

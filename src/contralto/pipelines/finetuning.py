@@ -149,6 +149,7 @@ class FineTuningJob(Pretraining):
             "classifier (contralto predict)": "model",
             "encoder (--image_encoder)": "encoder",
             **({"what is said of every test picture": "predictions.parquet"} if len(self.test_rows) else {}),
+            **({"some of them, sorted": "answers.png"} if (self.out / "answers.png").exists() else {}),
         }
         memory = peak_memory_gib()
         told: dict[str, Any] = {"pictures": len(self.rows), "tested": len(self.test_rows), "unlabelled": self.left_out}
