@@ -77,7 +77,7 @@ if __name__ == "__main__":
     parser.add_argument("out", nargs="?", default="results/attributes.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
-    # Without it, definitions of the other classes are those of ImageNet, which are right; WordNet's are of the first sense.
+    # Without this folder, definitions of the other classes are ImageNet's, which are right: WordNet's take the first sense.
     source, found = Path(os.environ.pop("CONTRALTO_DATA")) / "tiny_imagenet100", []
     for seed in given.seeds:
         found.append({"seed": seed} | measure(seed, source))

@@ -106,7 +106,9 @@ def main() -> None:
         for seed in args.seeds:
             rows = [r for r in rows if (r["set"], r["seed"]) != (name, seed)] + measure(name, seed)
             if args.out:
-                write_json(args.out, {"rows": rows, "environment": environment()})
+                write_json(
+                    args.out, {"command": "python benchmarks/discovery.py", "rows": rows, "environment": environment()}
+                )
 
 
 if __name__ == "__main__":
