@@ -205,9 +205,9 @@ class Transductive:
     def ingest(self) -> None:
         """Read the pictures; find out which classes there are, whose labels may be seen, and which pictures are asked for."""
         a = self.arguments
+        self.attributes = None if a["attributes"] is None else read_class_vectors(a["attributes"])
         self.manifest = read_once(self.data, self.out / "manifest", a, self.console)
         names, truth = np.array(self.manifest.class_names, dtype=object), self.manifest.right_labels
-        self.attributes = None if a["attributes"] is None else read_class_vectors(a["attributes"])
         if a["definitions"] is not None:
             self.classes = list(fill_definitions(load_definitions(a["definitions"]))[0])
         elif self.attributes is not None:
