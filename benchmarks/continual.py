@@ -87,7 +87,7 @@ def draw(runs: Path, picture: Path) -> None:
             axis.set(title=f"{name}, {protocol}", xlabel="test of task", ylabel="after task")
     for axis in axes.flat:
         axis.label_outer()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":
