@@ -39,7 +39,7 @@ from contralto.evaluation.classification import accuracy_interval, group_numbers
 from contralto.evaluation.continual import accuracy_matrix, continual_scores, right_answers
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.embedding import CROP
-from contralto.pipelines.frozen import features_of_view, layers_behind
+from contralto.pipelines.frozen import BLOCK, features_of_view, layers_behind
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.continual import PROTOCOLS, write_continual_report
@@ -294,9 +294,10 @@ class Continual(Pretraining):
             encoder, rows = self.begun, np.arange(len(self.manifest))
             view = EvalView(encoder.size, CROP, encoder.mean, encoder.std)
             setup = copy.deepcopy(encoder), device_of(self.arguments["accelerator"]), self.manifest.root, view
+            blocks = picture_blocks(self.manifest, rows)
             self._plain = self.cached(
                 "plain", {"view": repr(view)},
-                lambda: map_blocks(EncodePictures, picture_blocks(self.manifest, rows), setup=setup), len(rows),
+                lambda: self.bar(map_blocks(EncodePictures, blocks, setup=setup), "features", len(blocks)), len(rows),
             )  # fmt: skip
         return self._plain
 
@@ -307,11 +308,12 @@ class Continual(Pretraining):
         key = {
             "view": repr(view), "variant": variant, "seed": seed, "side": self.canvas(view.size), "rows": self.rows.tolist()
         }  # fmt: skip
-        return self.cached(
-            "view", key,
-            lambda: features_of_view(encoder, self.dataset(view.size), view, variant, seed=seed, device=device),
-            len(self.rows),
-        )  # fmt: skip
+
+        def compute() -> Iterable[Array]:
+            blocks = features_of_view(encoder, self.dataset(view.size), view, variant, seed=seed, device=device)
+            return self.bar(blocks, f"view {variant + 1}", -(-len(self.rows) // BLOCK))
+
+        return self.cached("view", key, compute, len(self.rows))
 
     def cached(self, name: str, key: dict[str, Any], compute: Callable[[], Iterable[Array]], count: int) -> Array:
         """Features that are computed once, and the time that took."""

@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich.progress import track
 from torch.utils.data import DataLoader
 
 from contralto.cluster import map_blocks
@@ -281,7 +280,7 @@ class Discovery(Pretraining):
             def compute(manifest: Manifest = manifest, rows: Array = rows) -> Iterable[Array]:
                 blocks = picture_blocks(manifest, rows)
                 setup = (copy.deepcopy(encoder), device, manifest.root, view)
-                return self._shown(map_blocks(EncodePictures, blocks, setup=setup), told, len(blocks))
+                return self.bar(map_blocks(EncodePictures, blocks, setup=setup), told, len(blocks))
 
             if len(rows) and keep:
                 found.append(cached_array(self.cache, "plain", key, compute, rows=len(rows)))
@@ -300,7 +299,7 @@ class Discovery(Pretraining):
         def compute() -> Iterable[Array]:
             pictures, device = self.dataset(view.size), device_of(self.arguments["accelerator"])
             blocks = features_of_view(encoder, pictures, view, variant, seed=self.arguments["seed"], device=device)
-            return self._shown(blocks, f"view {variant + 1}", -(-len(pictures) // BLOCK))
+            return self.bar(blocks, f"view {variant + 1}", -(-len(pictures) // BLOCK))
 
         return cached_array(self.cache, "view", key, compute, rows=len(self.labels))
 
@@ -311,10 +310,6 @@ class Discovery(Pretraining):
 
     def _key(self, encoder: ImageEncoder, view: BatchView | EvalView) -> dict[str, Any]:
         return {"encoder": encoder.fingerprint(), "view": repr(view), "pictures": self.shown}
-
-    def _shown(self, blocks: Iterable[Array], told: str, total: int) -> Iterable[Array]:
-        hidden = not (self.progress and self.console.is_terminal)
-        return track(blocks, f"  {told}", console=self.console, transient=True, disable=hidden, total=total)
 
     def _took(self, name: str, started: float) -> None:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 2)

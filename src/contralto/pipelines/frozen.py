@@ -37,7 +37,7 @@ def layers_behind(encoder: ImageEncoder, features: Array) -> ImageEncoder:
     >>> from contralto.encoders.image import image_encoder
     >>> x = torch.rand(50, 128) * 3 + 4
     >>> y = layers_behind(image_encoder("resnet8"), x.numpy())(x)
-    >>> round(float(y.mean().abs()), 3), round(float(y.var(0, correction=0).mean()), 3)
+    >>> round(y.mean().abs().item(), 3), round(y.var(0, correction=0).mean().item(), 3)
     (0.0, 1.0)
     """
     x = features.astype(np.float32)

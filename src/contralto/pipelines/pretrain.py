@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from lightning import Callback
 from rich.console import Console
+from rich.progress import track
 from torch.utils.data import DataLoader
 
 from contralto.data.canvas import CanvasDataset, as_it_is
@@ -278,6 +280,11 @@ class Pretraining:
     def canvas(self, size: int) -> int:
         """The side at which pictures are kept for views of this side, where nobody says it."""
         return round(1.5 * size)
+
+    def bar(self, blocks: Iterable[Any], told: str, total: int) -> Iterable[Any]:
+        """The same blocks, with a bar that says how many of them are done."""
+        hidden = not (self.progress and self.console.is_terminal)
+        return track(blocks, f"  {told}", console=self.console, transient=True, disable=hidden, total=total)
 
     def source(self, row: int) -> tuple[Manifest, int]:
         """Where a picture that is learnt from stands: a manifest, and the row in it."""
