@@ -1,12 +1,9 @@
 """Two processes give what one process gives on the same global batch."""
 
-import socket
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +13,8 @@ from contralto.systems.webly import capro_multilabel
 from contralto.systems.webly.capro import CAPro
 from contralto.systems.webly.capro_multilabel import CAProMultiLabel
 from contralto.systems.webly.fopro import FoPro
+
+from tests.ranks import average, on_two_ranks
 
 CLASSES = 4
 STAGES = ("plain", "vanilla", "capro", "finetune")
@@ -78,7 +77,7 @@ def batch(stage, step, n, kept, rows):
     return {"views": [v[rows] for v in views], "label": label[rows], "anchor": anchor[rows], "weight": weight[rows]}
 
 
-def train(stage, n, kept, rank=0, world=1, average=lambda x: x):
+def train(stage, n, kept, rank=0, world=1):
     """Three steps: losses, corrected labels in the order of the global batch, and the state at the end."""
     system = build(stage, kept)
     optimizer = torch.optim.SGD([p for n, p in system.named_parameters() if not n.startswith("momentum")], 0.1)
@@ -120,33 +119,19 @@ def noting(system, kept, corrected):
     return patch.object(owner, name, noted)
 
 
-def mean_over_ranks(x):
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
-
-
-def worker(rank, world, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    found = {name: train(*case, rank, world, mean_over_ranks) for name, case in CASES.items()}
+def both(rank, world):
+    found = {name: train(*case, rank, world) for name, case in CASES.items()}
     uneven = gather_rows(torch.arange(5)[rank::world])
     empty = mean_weight(torch.tensor(3 if rank == 0 else 0))
     sampler = EpochSampler(13, seed=0)
     drawn = gather_rows(torch.tensor([row for _, row in sampler]))
-    torch.save({"cases": found, "uneven": uneven, "empty": empty, "drawn": drawn}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"cases": found, "uneven": uneven, "empty": empty, "drawn": drawn}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (2, port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(both, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

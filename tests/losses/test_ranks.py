@@ -1,12 +1,10 @@
 """Losses over the rows of two processes are those of one process with the whole batch: values and parameters' gradients."""
 
-import socket
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +12,8 @@ from contralto.distributed import gather_rows, gather_with_gradient, own_places
 from contralto.errors import UsageError
 from contralto.losses import pairs
 from contralto.losses.contrast import contrast
+
+from tests.ranks import on_two_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
 
@@ -98,10 +98,8 @@ def by_torch(case, rank, world):
     return {k: x for k, x in found.items() if k not in ("loss", "temperature")}
 
 
-def worker(rank, world, port, folder):
-    torch.set_num_threads(1)
+def both(rank, world):
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     found = {name: mean_over_ranks(step(case, rank, world)) for name, case in CASES.items()}
     torchs = by_torch(("nt_xent", "mean", 6), rank, world)
     a, b = (torch.randn(7, 4, generator=torch.Generator().manual_seed(s))[rank::world] for s in (2, 3))
@@ -112,22 +110,13 @@ def worker(rank, world, port, folder):
     except UsageError as error:
         refused = str(error)
     even = gather_with_gradient(a[:2], uneven="refuse").shape[0]
-    torch.save(
-        {"cases": found, "torch": torchs, "rows": rows, "places": own_places(a), "refused": refused, "even": even},
-        f"{folder}/{rank}.pt",
-    )
-    dist.destroy_process_group()
+    return {"cases": found, "torch": torchs, "rows": rows, "places": own_places(a), "refused": refused, "even": even}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (2, port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(both, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

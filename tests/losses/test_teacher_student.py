@@ -8,7 +8,7 @@ from contralto.errors import UsageError
 from contralto.losses.pairs import clip, sup_con
 from contralto.losses.teacher_student import audio_text, teacher_student
 
-from tests.systems.selfsup.steps import on_two_ranks
+from tests.ranks import on_two_ranks
 
 pytestmark = pytest.mark.xdist_group("teacher ranks")  # two processes are started once
 

@@ -12,8 +12,8 @@ from contralto.errors import UsageError
 from contralto.losses.teacher_student import audio_text, teacher_student
 from contralto.systems.continual.coconut import COCONUT, text_numbers
 
+from tests.ranks import average, on_two_ranks
 from tests.systems.continual.spoken import TEXTS, batch, build
-from tests.systems.selfsup.steps import average, on_two_ranks
 
 
 def test_the_loss_is_the_sum_that_the_paper_writes():

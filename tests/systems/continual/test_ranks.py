@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from tests.ranks import on_two_ranks
 from tests.systems.continual import steps
-from tests.systems.selfsup.steps import on_two_ranks, share, train
+from tests.systems.selfsup.steps import share, train
 
 pytestmark = pytest.mark.xdist_group("ranks")
 

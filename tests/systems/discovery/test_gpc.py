@@ -14,8 +14,9 @@ from contralto.neighbors.kmeans import semi_supervised_kmeans
 from contralto.prototypes.bank import densities
 from contralto.systems.discovery.gpc import GPC, fitted_temperature
 
+from tests.ranks import on_two_ranks
 from tests.systems.discovery.steps import CENTRES, NEW, OLD, vectors
-from tests.systems.selfsup.steps import encoder, on_two_ranks, train
+from tests.systems.selfsup.steps import encoder, train
 
 ALL, SAMPLES = OLD + NEW, 30
 REFERENCE = Path(__file__).parents[2] / "reference" / "gpc.npz"

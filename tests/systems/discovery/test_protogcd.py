@@ -15,8 +15,9 @@ from contralto.losses.discovery import linear_ramp
 from contralto.systems.discovery.base import DiscoverySystem, nearest_prototypes
 from contralto.systems.discovery.protogcd import ProtoGCD
 
+from tests.ranks import on_two_ranks
 from tests.systems.discovery.steps import CENTRES, NEW, OLD, Tiny, vectors
-from tests.systems.selfsup.steps import encoder, on_two_ranks, train
+from tests.systems.selfsup.steps import encoder, train
 
 ALL = OLD + NEW
 

@@ -13,8 +13,9 @@ from contralto.losses.icnn import icnn_loss
 from contralto.systems.base import EncoderSystem
 from contralto.systems.fewshot.susana import SuSana
 
+from tests.ranks import average, on_two_ranks
 from tests.systems.fewshot import steps
-from tests.systems.selfsup.steps import average, on_two_ranks, train
+from tests.systems.selfsup.steps import train
 
 NAMES = sorted(steps.SYSTEMS)
 EPISODIC = ["susana", "protonet"]

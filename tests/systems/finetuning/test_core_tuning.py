@@ -17,8 +17,9 @@ from contralto.losses.pairs import sup_con
 from contralto.pipelines.job import load_preset
 from contralto.systems.finetuning.core_tuning import CoreTuning
 
+from tests.ranks import on_two_ranks
 from tests.systems.finetuning import steps
-from tests.systems.selfsup.steps import on_two_ranks, train
+from tests.systems.selfsup.steps import train
 
 NAMES = sorted(steps.SYSTEMS)
 

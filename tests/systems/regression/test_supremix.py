@@ -15,8 +15,9 @@ from contralto.evaluation.regression import fit_probe
 from contralto.losses.regression import mixing_shares, rank_n_contrast, sup_con_numbers, sup_re_mix
 from contralto.systems.regression.supremix import METHODS
 
+from tests.ranks import on_two_ranks
 from tests.systems.regression import steps
-from tests.systems.selfsup.steps import on_two_ranks, train
+from tests.systems.selfsup.steps import train
 
 
 def doubled(step, n=12):

@@ -1,12 +1,11 @@
-"""What tests of self-supervised systems share: a tiny network, batches of vectors, a loop, and two processes that run it."""
+"""What tests of self-supervised systems share: a tiny network, batches of vectors, and a loop."""
 
 import copy
-import socket
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+
+from tests.ranks import average
 
 SAMPLES = 30
 
@@ -60,14 +59,6 @@ def train(system, *, first=0, steps=3, n=8, views=2, rank=0, world=1, optimizer=
     return torch.stack(losses)
 
 
-def average(x):
-    if not dist.is_initialized():
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
-
-
 def goes_on(build, *, views=2):
     """A system that was saved and loaded takes the same next steps, bit by bit."""
     one, other = build(), build()
@@ -76,19 +67,3 @@ def goes_on(build, *, views=2):
     assert torch.equal(train(one, first=3, views=views), train(other, first=3, views=views))
     for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-
-
-def on_two_ranks(run, folder):
-    """What `run(rank, world)` gives on each of two processes; a dict of tensors or of dicts of tensors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, (2, port, run, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def _worker(rank, world, port, run, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.save(run(rank, world), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()

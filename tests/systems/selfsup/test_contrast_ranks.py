@@ -11,6 +11,7 @@ from contralto.systems.selfsup.isogclr import ISogCLR
 from contralto.systems.selfsup.moco import MoCo
 from contralto.systems.selfsup.simclr import SimCLR
 
+from tests.ranks import on_two_ranks
 from tests.systems.selfsup import steps
 
 pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
@@ -62,7 +63,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return steps.on_two_ranks(run, tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(run, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("n", [8, 9])

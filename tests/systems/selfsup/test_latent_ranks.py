@@ -6,6 +6,7 @@ import torch
 from contralto.systems.selfsup.cmim import CMIM
 from contralto.systems.selfsup.sepclr import SepCLR
 
+from tests.ranks import on_two_ranks
 from tests.systems.selfsup import steps
 
 pytestmark = pytest.mark.xdist_group("ranks")  # two processes are started once
@@ -57,7 +58,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return steps.on_two_ranks(run, tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(run, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("n", [8, 9])

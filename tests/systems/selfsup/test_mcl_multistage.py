@@ -29,6 +29,7 @@ from contralto.systems.selfsup.mcl_multistage import (
 from contralto.systems.selfsup.moco import MoCo
 from contralto.systems.selfsup.simclr import SimCLR
 
+from tests.ranks import on_two_ranks
 from tests.systems.selfsup import steps
 
 REFERENCE = Path(__file__).parents[2] / "reference" / "mcl_multistage.npz"
@@ -317,7 +318,7 @@ def run(rank=0, world=1):
 @pytest.mark.xdist_group("ranks")
 def test_two_processes_equal_one(tmp_path):
     alone = run()
-    for rank in steps.on_two_ranks(run, tmp_path):
+    for rank in on_two_ranks(run, tmp_path):
         for name, expected in alone.items():
             assert expected["losses"].diff().abs().min() > 0
             for key, value in expected.items():

@@ -16,6 +16,7 @@ from contralto.pipelines.job import load_preset, presets_of
 from contralto.systems.registry import get_job
 from contralto.systems.selfsup.pixpro import PixPro
 
+from tests.ranks import on_two_ranks
 from tests.systems.selfsup import steps
 
 with np.load(Path(__file__).parents[2] / "reference" / "pixpro.npz", allow_pickle=False) as arrays:
@@ -314,7 +315,7 @@ def run(rank=0, world=1):
 @pytest.mark.xdist_group("ranks")
 def test_two_processes_equal_one(tmp_path):
     expected = run()
-    for found in steps.on_two_ranks(run, tmp_path):
+    for found in on_two_ranks(run, tmp_path):
         for name, alone in expected.items():
             ours = found[name]
             torch.testing.assert_close(ours["losses"], alone["losses"], rtol=1e-9, atol=1e-11)

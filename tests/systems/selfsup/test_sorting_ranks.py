@@ -1,11 +1,7 @@
 """Two processes give what one gives on the same batch: SwAV, DeepCluster-v2, GroCo, the projection head, Sinkhorn."""
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from contralto.distributed import gather_rows
@@ -15,6 +11,8 @@ from contralto.systems.selfsup.deepcluster import DeepClusterV2
 from contralto.systems.selfsup.groco import GroCo
 from contralto.systems.selfsup.projection_head import ProjectionHead
 from contralto.systems.selfsup.swav import SwAV
+
+from tests.ranks import average, on_two_ranks
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),  # two processes are started once
@@ -54,7 +52,7 @@ def batch(step, n, rows):
     return {"views": [v[rows] for v in views], "index": ((torch.arange(n) + 3 * step) % 40)[rows], "label": label[rows]}
 
 
-def train(name, n, rank=0, world=1, average=lambda x: x):
+def train(name, n, rank=0, world=1):
     system = build(name)
     optimizer = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], 0.02, momentum=0.9)
     losses = []
@@ -72,34 +70,20 @@ def train(name, n, rank=0, world=1, average=lambda x: x):
     return {"losses": torch.stack(losses), "state": system.state_dict()}
 
 
-def mean_over_ranks(x):
-    x = x.clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()
-
-
 def scores(n):
     return torch.randn(n, 5, generator=torch.Generator().manual_seed(n), dtype=torch.float64).clamp(-1, 1)
 
 
-def worker(rank, world, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    found = {case: train(*words, rank, world, mean_over_ranks) for case, words in CASES.items()}
+def both(rank, world):
+    found = {case: train(*words, rank, world) for case, words in CASES.items()}
     codes = {n: gather_rows(sinkhorn(scores(n)[rank::world])) for n in (12, 13)}
-    torch.save({"cases": found, "codes": codes}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"cases": found, "codes": codes}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (2, port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(both, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
