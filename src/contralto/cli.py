@@ -760,9 +760,7 @@ def _parser(words: Sequence[str]) -> Any:
             sub.add_argument("--preset", type=str, default=None, help="named arguments, which others go before")
             _add_job_arguments(sub, _named_system(words), _named_preset(words))
         elif name == "reproduce":  # --all and --table name no system
-            sub.add_argument(
-                "system", type=str | None, nargs="?", default=None, help="name of a claim, or its YAML file"
-            )
+            sub.add_argument("system", type=str | None, nargs="?", help="name of a claim, or its YAML file")
             _add_arguments(sub, function, {"show", "system"})
         elif name != "fit":
             _add_arguments(sub, function, {"show"})

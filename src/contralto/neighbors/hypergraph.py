@@ -267,7 +267,8 @@ def hypergraph_similarity(hyperedges: Any, *, clip: bool = True) -> Any:
     """
     from scipy.sparse.linalg import LinearOperator
 
-    bound = hyperedges.maximum(0).tocsr()
+    bound = hyperedges.tocsr(copy=True)  # `maximum` of SciPy 1.14 spoils what it is called on
+    np.maximum(bound.data, 0, out=bound.data)
     bound.eliminate_zeros()
     count = np.diff(bound.indptr)
     weight = _divided(np.asarray((bound if clip else hyperedges).sum(1)).ravel(), count)  # delta
