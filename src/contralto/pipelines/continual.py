@@ -39,7 +39,7 @@ from contralto.evaluation.classification import accuracy_interval, group_numbers
 from contralto.evaluation.continual import accuracy_matrix, continual_scores, right_answers
 from contralto.files import load_weights, naming, save_weights, write_atomically, write_json
 from contralto.pipelines.embedding import CROP
-from contralto.pipelines.frozen import BLOCK, features_of_view, layers_behind
+from contralto.pipelines.frozen import BLOCK, check_frozen, features_of_view, layers_behind
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.continual import PROTOCOLS, write_continual_report
@@ -202,14 +202,7 @@ class Continual(Pretraining):
         DataError
             If a task has too few pictures to learn from or to test.
         """
-        a = self.arguments
-        if a["variants"] < 1:
-            raise UsageError(f"variants must be at least 1, got {a['variants']}")
-        if a["frozen"] and not (a["pretrained"] or (Path(a["image_encoder"]) / "encoder.json").is_file()):
-            raise UsageError(
-                f"--frozen needs an encoder that has learnt something: {a['image_encoder']} begins without weights. Add "
-                f"--pretrained with an encoder that has weights, such as efficientnet-lite0, or name a folder of an encoder"
-            )
+        check_frozen(self.arguments)
         super().ingest()
         self.divide(self.manifest.right_labels, self.manifest.column("group").astype(str), *self.manifest.split_of())
 
@@ -279,13 +272,6 @@ class Continual(Pretraining):
         return split_by_class(self.labels, a["tasks"], seed=seed)
 
     # Features of a frozen encoder.
-
-    @property
-    def begun(self) -> ImageEncoder:
-        """The encoder as it was before the training."""
-        if not hasattr(self, "_begun"):
-            self._begun = super().encoder()
-        return self._begun
 
     @property
     def plain(self) -> Array:

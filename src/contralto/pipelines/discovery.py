@@ -40,7 +40,8 @@ from contralto.files import naming, write_atomically, write_json
 from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.how_many import estimate_number
 from contralto.neighbors.knn import unit_rows
-from contralto.pipelines.frozen import BLOCK, features_of_view, layers_behind
+from contralto.pipelines.embedding import CROP
+from contralto.pipelines.frozen import BLOCK, check_frozen, features_of_view, has_learnt, layers_behind
 from contralto.pipelines.outputs import peak_memory_gib
 from contralto.pipelines.pretrain import Pretraining
 from contralto.review.discovered import CLASSES, FOUND, MAP, Discoveries, write_discovery_report
@@ -55,7 +56,6 @@ from contralto.views.image import EvalView
 __all__ = ["Discovery"]
 
 Array = npt.NDArray[Any]
-CROP = 0.875
 DIRECTIONS = 64
 """Principal directions in which classes are counted."""
 MAPPED = 1500
@@ -130,14 +130,8 @@ class Discovery(Pretraining):
             raise UsageError(
                 f"new_classes must be at least 1, got {a['new_classes']}: leave it out to have it estimated"
             )
-        if a["variants"] < 1:
-            raise UsageError(f"variants must be at least 1, got {a['variants']}")
-        self.knows = bool(a["pretrained"]) or (Path(a["image_encoder"]) / "encoder.json").is_file()
-        if a["frozen"] and not self.knows:
-            raise UsageError(
-                f"--frozen needs an encoder that has learnt something: {a['image_encoder']} begins without weights. Add "
-                f"--pretrained with an encoder that has weights, such as efficientnet-lite0, or name a folder of an encoder"
-            )
+        self.knows = has_learnt(a)
+        check_frozen(a)
         super().begin(data, out, arguments, progress)
 
     # Data.
@@ -261,13 +255,6 @@ class Discovery(Pretraining):
     def plain(self) -> Array:
         """Features (N, F) of all pictures by the encoder as it was before the training; float16, from the disk."""
         return self.features(self.begun, "features")
-
-    @property
-    def begun(self) -> ImageEncoder:
-        """The encoder as it was before the training."""
-        if not hasattr(self, "_begun"):
-            self._begun = super().encoder()
-        return self._begun
 
     def features(self, encoder: ImageEncoder, told: str, *, keep: bool = True) -> Array:
         """Features (N, F) float16 of all pictures by an encoder; kept on the disk, or for this one use."""

@@ -1,6 +1,7 @@
 """An encoder that stays as it is: its features of drawn views, computed once, and the layers behind it that learn on them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,30 @@ from contralto.data.canvas import CanvasDataset
 from contralto.encoders.features import encode_batches
 from contralto.encoders.heads import identity_mlp
 from contralto.encoders.image import ImageEncoder
+from contralto.errors import UsageError
 from contralto.views.batched import BatchView, draw_batch
 
-__all__ = ["BLOCK", "features_of_view", "layers_behind"]
+__all__ = ["BLOCK", "check_frozen", "features_of_view", "has_learnt", "layers_behind"]
 
 Array = npt.NDArray[Any]
 BLOCK, BATCH = 512, 64
 """Pictures between two looks at the progress, and at a time through the encoder."""
+
+
+def has_learnt(arguments: Mapping[str, Any]) -> bool:
+    """Whether the encoder that a job is asked for has weights: of its name, or in its folder."""
+    return bool(arguments["pretrained"]) or (Path(arguments["image_encoder"]) / "encoder.json").is_file()
+
+
+def check_frozen(arguments: Mapping[str, Any]) -> None:
+    """Refuse to freeze an encoder that has learnt nothing, or to draw no views; `UsageError` says what to do."""
+    if arguments["variants"] < 1:
+        raise UsageError(f"variants must be at least 1, got {arguments['variants']}")
+    if arguments["frozen"] and not has_learnt(arguments):
+        raise UsageError(
+            f"--frozen needs an encoder that has learnt something: {arguments['image_encoder']} begins without weights. Add "
+            f"--pretrained with an encoder that has weights, such as efficientnet-lite0, or name a folder of an encoder"
+        )
 
 
 def layers_behind(encoder: ImageEncoder, features: Array) -> ImageEncoder:

@@ -224,6 +224,13 @@ class Pretraining:
             torch.manual_seed(a["seed"] if seed is None else seed)
             return image_encoder(a["image_encoder"], pretrained=a["pretrained"], size=a["image_size"])
 
+    @property
+    def begun(self) -> ImageEncoder:
+        """The encoder as it was before the training, kept; what learns may be layers behind it (`frozen`)."""
+        if not hasattr(self, "_begun"):
+            self._begun = Pretraining.encoder(self)
+        return self._begun
+
     def learn(self) -> EncoderSystem:
         """The system, trained."""
         module = self.build()
