@@ -77,7 +77,8 @@ if __name__ == "__main__":
     parser.add_argument("out", nargs="?", default="results/attributes.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     given = parser.parse_args()
-    # Without it, definitions of the other classes are those of ImageNet, which are right; WordNet's are of the first sense.
+    # Without the variable, definitions of the other classes are those of ImageNet, which are right; those of WordNet are of the
+    # first sense.
     source, found = Path(os.environ.pop("CONTRALTO_DATA")) / "tiny_imagenet100", []
     for seed in given.seeds:
         found.append({"seed": seed} | measure(seed, source))

@@ -22,9 +22,7 @@ import pyarrow.parquet as pq
 
 from contralto.evaluation.discovery import cluster_accuracy
 from contralto.files import write_json
-from contralto.neighbors.directions import principal_rows
 from contralto.neighbors.kmeans import semi_supervised_kmeans
-from contralto.pipelines.discovery import DIRECTIONS
 from contralto.pipelines.job import load_preset
 from contralto.pipelines.outputs import environment
 from contralto.systems.registry import get_job
@@ -87,8 +85,7 @@ def measure(name: str, seed: int) -> list[dict[str, Any]]:
             if system == "protogcd":  # for gpc it is where it starts
                 more["interval"] = [max(metrics["estimate"][k] - old, 0) for k in ("low", "high")]
             add(system, truth, clusters, **told, **more)
-            rows = principal_rows(job.plain.astype(np.float32) - job.centre()[0], DIRECTIONS)
-            plain = semi_supervised_kmeans(rows, job.labels, old + metrics["new_classes"], seed=seed)
+            plain = semi_supervised_kmeans(job.counted, job.labels, old + metrics["new_classes"], seed=seed)
             add(f"k-means beside {system}", truth, plain.labels[hidden], **told)
     return found
 

@@ -238,8 +238,7 @@ class Discovery(Pretraining):
         self.console.print(f"  {self.new} new classes; 95 % interval {max(low, 0)} to {max(high, 0)}", highlight=False)
 
     def _estimate(self) -> dict[str, Any]:
-        x = self.plain.astype(np.float32)
-        x = principal_rows(x - x.mean(0), DIRECTIONS)
+        x = self.counted
         method: Literal["search", "whole"] = "search" if len(self.old) >= 4 else "whole"
         most = self.arguments["most_classes"]
         if most is not None and most <= len(self.old):
@@ -255,6 +254,12 @@ class Discovery(Pretraining):
     def plain(self) -> Array:
         """Features (N, F) of all pictures by the encoder as it was before the training; float16, from the disk."""
         return self.features(self.begun, "features")
+
+    @property
+    def counted(self) -> Array:
+        """These features, centred, in their principal directions (N, at most `DIRECTIONS`): in which classes are counted."""
+        x = self.plain.astype(np.float32)
+        return principal_rows(x - x.mean(0), DIRECTIONS)
 
     def features(self, encoder: ImageEncoder, told: str, *, keep: bool = True) -> Array:
         """Features (N, F) float16 of all pictures by an encoder; kept on the disk, or for this one use."""
